@@ -1,0 +1,1 @@
+"""Checks and measurements of the ops, against torch and against other libraries."""

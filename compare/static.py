@@ -1,0 +1,191 @@
+"""``compare static``: compile every kernel our ops use for GPUs that are not here.
+
+Registers, spills, 16-byte accesses and tensor-core instructions decide most of a kernel's speed and
+are all in the machine code, so they can be checked without a GPU. Two halves:
+
+1. collect the specialisations that our ops use, without running a kernel (``specialisations.py``);
+2. compile each for each target in worker processes (``disassembly.py``), and judge the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from tritongrad.op import OPS
+
+from .disassembly import TARGETS, Code, Json, compile_all
+from .specialisations import Collection, Specialisation, cover, make_job
+
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A kernel that must move aligned, dense data 16 bytes at a time, and why."""
+
+    reason: str
+    loads: bool = True
+    stores: bool = True
+
+
+VECTORISED: dict[str, Vector] = {
+    "pointwise_dense": Vector("it does nothing but move memory"),
+    "pointwise_strided": Vector("a broadcast bias must not make the large operand slow"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One specialisation compiled for one target."""
+
+    specialisation: int  # equal for the rows of one specialisation
+    kernel: str
+    ops: tuple[str, ...]
+    constexprs: dict[str, str]
+    target: str
+    signature: str
+    num_warps: int
+    num_stages: int
+    code: Code | None
+    faults: tuple[str, ...]
+
+
+def judge(number: int, specialisation: Specialisation, target: str, answer: Json) -> Row:
+    """A worker's answer as a row, with what is wrong with it."""
+    facts = {name: answer[name] for name in Code.__dataclass_fields__ if name in answer}
+    code = Code(**facts) if facts else None
+    return Row(
+        specialisation=number,
+        kernel=specialisation.kernel,
+        ops=tuple(sorted(specialisation.ops)),
+        constexprs=specialisation.constexprs,
+        target=target,
+        signature=answer.get("signature", ""),
+        num_warps=answer.get("num_warps", 0),
+        num_stages=answer.get("num_stages", 0),
+        code=code,
+        faults=(answer["error"],) if code is None else tuple(_faults(specialisation, target, code)),
+    )
+
+
+def _faults(specialisation: Specialisation, target: str, code: Code) -> Iterator[str]:
+    if code.spill_bytes:
+        yield f"spills {code.spill_bytes} bytes a thread"
+    if code.shared_bytes > (limit := TARGETS[target].shared_limit):
+        yield f"needs {code.shared_bytes} bytes of shared memory of {limit}"
+    if code.serialised:
+        yield "ptxas serialised its wgmma instructions"
+    vector = VECTORISED.get(specialisation.kernel)
+    # An AMD program of the same block has twice the threads, so half the bytes for each.
+    if vector is None or not specialisation.vectorisable or TARGETS[target].backend != "cuda":
+        return
+    if vector.loads and not code.wide_loads:
+        yield f"no 16-byte load ({vector.reason})"
+    # Nor has a comparison 16 bytes of bools for each thread.
+    if vector.stores and not code.wide_stores and "bool" not in specialisation.dtypes:
+        yield f"no 16-byte store ({vector.reason})"
+
+
+def present(rows: Sequence[Row], problems: Sequence[str], console: Console) -> None:
+    """Print the rows, one table row for all targets of a specialisation, then what is wrong."""
+    table = Table(show_lines=True)
+    table.add_column("kernel, constants, arguments, ops", overflow="fold")
+    table.add_column("target")
+    for heading in ("warps", "regs", "spill", "shared", "ld128", "st128"):
+        table.add_column(heading, justify="right")
+    table.add_column("tensor core")
+    for _, group in itertools.groupby(rows, key=lambda row: row.specialisation):
+        compiled = list(group)
+        cells = ("\n".join(column) for column in zip(*map(_line, compiled), strict=True))
+        first = compiled[0]
+        constants = " ".join(f"{name}={value}" for name, value in first.constexprs.items())
+        signature = next((row.signature for row in compiled if row.code is not None), "")
+        about = (f"[bold]{first.kernel}[/] {constants}", escape(signature), ", ".join(first.ops))
+        table.add_row("\n".join(filter(None, about)), *cells)
+    console.print(table)
+    faulty: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        for fault in row.faults:
+            faulty.setdefault((row.kernel, fault), []).append(row)
+    for (kernel, fault), where in faulty.items():
+        targets = ", ".join(dict.fromkeys(row.target for row in where))
+        ops = ", ".join(sorted({op for row in where for op in row.ops}))
+        console.print(f"{kernel}, {targets} ({ops}): {fault}", markup=False, style="red")
+    for problem in problems:
+        console.print(f"not collected: {problem}", markup=False, style="red")
+    count = sum(bool(row.faults) for row in rows)
+    console.print(f"{len(rows)} compiled, {count} with faults; {len(problems)} not collected")
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    """The cells of one target."""
+    code = row.code
+    if code is None:
+        return (f"[red]{row.target}[/]", *[""] * 6, "[red]does not compile[/]")
+    return (
+        f"[red]{row.target}[/]" if row.faults else row.target,
+        str(row.num_warps),
+        str(code.registers),
+        str(code.spill_bytes),
+        str(code.shared_bytes),
+        str(code.wide_loads),
+        str(code.wide_stores),
+        " ".join(f"{count} {name}" for name, count in code.tensor_core.items()),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 1 where a kernel does not compile, spills, or lost its vectors."""
+    parser = argparse.ArgumentParser(prog="compare static", description=__doc__)
+    parser.add_argument("--only", action="append", metavar="NAME", help="an op or a kernel")
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
+    parser.add_argument("--all", action="store_true", help="also what differs in alignment alone")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+
+    # Not a terminal (a log, a file): wide enough that no signature is cut into pieces.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    collection = Collection()
+    dtypes = [DTYPES[name] for name in options.dtype or ("float32", "bfloat16")]
+    quiet = not console.is_terminal
+    only = set(options.only or ())
+    # A name that is no op is a kernel's, and any op may launch it.
+    ops = [OPS[name] for name in only] if only and only <= OPS.keys() else list(OPS.values())
+    for op in track(ops, "collecting", console=console, disable=quiet, transient=True):
+        collection.add(op, dtypes)
+    wanted = [s for s in collection.specialisations if not only or only & {s.kernel, *s.ops}]
+    if not options.all:
+        wanted = list(cover(wanted))
+    targets = options.target or list(TARGETS)
+    triples = [(i, s, target) for i, s in enumerate(wanted) for target in targets]
+    jobs = [make_job(s.description, target) for _, s, target in triples]
+    compiling = compile_all(jobs, options.workers)
+    answers = dict(
+        track(compiling, "compiling", len(jobs), console=console, disable=quiet, transient=True)
+    )
+    rows = [judge(*triple, answers[index]) for index, triple in enumerate(triples)]
+    present(rows, collection.problems, console)
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 1 if collection.problems or any(row.faults for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""Pointwise operations.
+
+out[i] = f(x[i], y[i], ...; parameters), and backward dx_k[i] = g[i] * (df/dx_k)[i].
+
+Each operation is a device function over blocks of values, `NAME`, and its `NAME_bwd`, which
+returns one derivative for each differentiable input. Two kernels carry them all: `pointwise_dense`
+where every operand is laid out in the same dense order, and `pointwise_strided` for the rest
+(broadcast, transposed, sliced). An operand is a pointer, or None with its value in `scalars`, or
+None in both when nothing that is stored depends on it.
+"""
+
+import triton
+import triton.language as tl
+
+from . import math as m
+
+# 1024 elements over 4 warps are 8 a thread: one 16-byte access in half precision, two in float32.
+DENSE_BLOCK = 1024
+# The strided kernel's tile: rows of the collapsed outer dimensions by columns of the inner one.
+STRIDED_TILE = 1024
+
+
+@triton.jit
+def scalar(value, DTYPE: tl.constexpr):
+    """A number given by the host. Triton passes Python floats in float32, so the launcher sends
+    the bits of a float64 as an integer."""
+    if DTYPE == tl.float64:
+        return tl.full((), value, tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return tl.full((), value, DTYPE)
+
+
+@triton.jit
+def numbers(values, DTYPE: tl.constexpr):
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (scalar(values[i], DTYPE),)
+    return out
+
+
+@triton.jit
+def operand(block, RAW: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr):
+    """A loaded block in the type it is computed in: torch first promotes it to the result's type."""
+    # With an `else`, because Triton also compiles what follows an `if` that has returned.
+    if RAW:
+        return block
+    else:
+        return block.to(RESULT).to(COMPUTE)
+
+
+@triton.jit
+def dense_tile(
+    offsets, mask, outs, ins, scalars, consts,
+    F: tl.constexpr, RAW: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    values = ()
+    for i in tl.static_range(len(ins)):
+        if ins[i] is not None:
+            if MASKED:
+                block = tl.load(ins[i] + offsets, mask=mask)
+            else:
+                block = tl.load(ins[i] + offsets)
+            values = values + (operand(block, (RAW >> i) & 1, RESULT, COMPUTE),)
+        elif scalars[i] is not None:
+            values = values + (tl.broadcast_to(scalar(scalars[i], COMPUTE), offsets.shape),)
+        else:
+            values = values + (tl.zeros(offsets.shape, COMPUTE),)
+    results = F(*values, *numbers(consts, COMPUTE))
+    for i in tl.static_range(len(outs)):
+        if outs[i] is not None:
+            result = tl.broadcast_to(results[i], offsets.shape).to(outs[i].dtype.element_ty)
+            if MASKED:
+                tl.store(outs[i] + offsets, result, mask=mask)
+            else:
+                tl.store(outs[i] + offsets, result)
+
+
+@triton.jit
+def pointwise_dense(
+    outs, ins, scalars, consts, n,
+    F: tl.constexpr, RAW: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0)
+    if WIDE:
+        start = start.to(tl.int64)
+    start = start * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    # A mask whose bound is not a multiple of 16 would cost all the vector accesses, so only the
+    # last program has one.
+    if start + BLOCK <= n:
+        dense_tile(offsets, None, outs, ins, scalars, consts, F, RAW, RESULT, COMPUTE, False)
+    else:
+        dense_tile(offsets, offsets < n, outs, ins, scalars, consts, F, RAW, RESULT, COMPUTE, True)
+
+
+@triton.jit
+def pointwise_strided(
+    outs, ins, scalars, consts, shape, out_strides, in_strides, rows, columns,
+    F: tl.constexpr, RAW: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`shape` holds the outer dimensions, innermost first; each operand's strides hold the column
+    stride and then those of `shape`."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    row = (program // column_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = (program % column_tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+
+    index = ()
+    rest = row
+    for d in tl.static_range(len(shape)):
+        index = index + (rest % shape[d],)
+        rest = rest // shape[d]
+
+    values = ()
+    for i in tl.static_range(len(ins)):
+        if ins[i] is not None:
+            offset = (column * in_strides[i][0])[None, :]
+            for d in tl.static_range(len(shape)):
+                offset = offset + (index[d] * in_strides[i][d + 1])[:, None]
+            offset = tl.broadcast_to(offset, (BLOCK_ROWS, BLOCK_COLUMNS))
+            block = tl.load(ins[i] + offset, mask=mask)
+            values = values + (operand(block, (RAW >> i) & 1, RESULT, COMPUTE),)
+        elif scalars[i] is not None:
+            values = values + (tl.broadcast_to(scalar(scalars[i], COMPUTE), mask.shape),)
+        else:
+            values = values + (tl.zeros(mask.shape, COMPUTE),)
+    results = F(*values, *numbers(consts, COMPUTE))
+    for i in tl.static_range(len(outs)):
+        if outs[i] is not None:
+            offset = (column * out_strides[i][0])[None, :]
+            for d in tl.static_range(len(shape)):
+                offset = offset + (index[d] * out_strides[i][d + 1])[:, None]
+            offset = tl.broadcast_to(offset, (BLOCK_ROWS, BLOCK_COLUMNS))
+            result = tl.broadcast_to(results[i], (BLOCK_ROWS, BLOCK_COLUMNS))
+            tl.store(outs[i] + offset, result.to(outs[i].dtype.element_ty), mask=mask)
+
+
+# Device functions: `x, y` inputs, `c` a condition, `out` the result, `g` its gradient. Each returns
+# a tuple, one value for each output; NAME_bwd has one for each differentiable input.
+
+
+@triton.jit
+def add(x, y, alpha):
+    return (x + alpha * y,)
+
+
+@triton.jit
+def sub(x, y, alpha):
+    return (x - alpha * y,)
+
+
+@triton.jit
+def mul(x, y):
+    return (x * y,)
+
+
+@triton.jit
+def mul_bwd(g, x, y):
+    return g * y, g * x
+
+
+@triton.jit
+def div(x, y):
+    return (m.div(x, y),)
+
+
+@triton.jit
+def div_bwd(g, x, y):
+    # Two divisions, not one by y * y, which overflows long before the quotient does.
+    return m.div(g, y), -g * m.div(m.div(x, y), y)
+
+
+@triton.jit
+def neg(x):
+    return (-x,)
+
+
+@triton.jit
+def pow(x, y):
+    return (m.pow(x, y),)
+
+
+@triton.jit
+def pow_bwd(g, x, y, out):
+    dx = tl.where(y == 0, 0, g * (y * m.pow(x, y - 1)))
+    # 0 ** y is constant in y for y >= 0; elsewhere log(0) says what torch says.
+    dy = tl.where((x == 0) & (y >= 0), 0, g * (out * m.log(x)))
+    return dx, dy
+
+
+@triton.jit
+def square(x, y):
+    return (x * x,)
+
+
+@triton.jit
+def square_bwd(g, x):
+    return g * (2 * x), 0 * x
+
+
+@triton.jit
+def exp(x):
+    return (m.exp(x),)
+
+
+@triton.jit
+def exp_bwd(g, out):
+    return (g * out,)
+
+
+@triton.jit
+def log(x):
+    return (m.log(x),)
+
+
+@triton.jit
+def log_bwd(g, x):
+    return (m.div(g, x),)
+
+
+@triton.jit
+def sqrt(x):
+    return (m.sqrt(x),)
+
+
+@triton.jit
+def sqrt_bwd(g, out):
+    return (m.div(g, 2 * out),)
+
+
+@triton.jit
+def sign_of(x):
+    # NaN compares false with everything: its sign is 0, as torch's is.
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
+def sign(x):
+    return (sign_of(x),)
+
+
+@triton.jit
+def abs(x):
+    return (tl.abs(x),)
+
+
+@triton.jit
+def abs_bwd(g, x):
+    return (g * sign_of(x),)
+
+
+@triton.jit
+def sin(x):
+    return (m.sin(x),)
+
+
+@triton.jit
+def sin_bwd(g, x):
+    return (g * m.cos(x),)
+
+
+@triton.jit
+def cos(x):
+    return (m.cos(x),)
+
+
+@triton.jit
+def cos_bwd(g, x):
+    return (-g * m.sin(x),)
+
+
+@triton.jit
+def tanh(x):
+    return (m.tanh(x),)
+
+
+@triton.jit
+def tanh_bwd(g, out):
+    return (g * (1 - out * out),)
+
+
+@triton.jit
+def sigmoid(x):
+    # exp of a non-positive number only: it never overflows.
+    e = m.exp(-tl.abs(x))
+    return (tl.where(x >= 0, m.div(e * 0 + 1, 1 + e), m.div(e, 1 + e)),)
+
+
+@triton.jit
+def sigmoid_bwd(g, out):
+    return (g * (1 - out) * out,)
+
+
+@triton.jit
+def relu(x):
+    # `x < 0` rather than a maximum: NaN stays NaN.
+    return (tl.where(x < 0, 0, x),)
+
+
+@triton.jit
+def relu_bwd(g, out):
+    return (tl.where(out <= 0, 0, g),)
+
+
+@triton.jit
+def maximum(x, y):
+    return (tl.where(m.is_nan(x) | (x > y), x, y),)
+
+
+@triton.jit
+def maximum_bwd(g, x, y):
+    tie = x == y
+    return tl.where(tie, g / 2, tl.where(x < y, 0, g)), tl.where(tie, g / 2, tl.where(x > y, 0, g))
+
+
+@triton.jit
+def minimum(x, y):
+    return (tl.where(m.is_nan(x) | (x < y), x, y),)
+
+
+@triton.jit
+def minimum_bwd(g, x, y):
+    tie = x == y
+    return tl.where(tie, g / 2, tl.where(x > y, 0, g)), tl.where(tie, g / 2, tl.where(x < y, 0, g))
+
+
+@triton.jit
+def where(c, x, y):
+    return (tl.where(c, x, y),)
+
+
+@triton.jit
+def where_bwd(g, c):
+    return tl.where(c, g, 0), tl.where(c, 0, g)
+
+
+@triton.jit
+def eq(x, y):
+    return (x == y,)
+
+
+@triton.jit
+def ne(x, y):
+    return (x != y,)
+
+
+@triton.jit
+def lt(x, y):
+    return (x < y,)
+
+
+@triton.jit
+def le(x, y):
+    return (x <= y,)
+
+
+@triton.jit
+def gt(x, y):
+    return (x > y,)
+
+
+@triton.jit
+def ge(x, y):
+    return (x >= y,)

@@ -1,0 +1,38 @@
+"""dtypes our kernels compute, what they accumulate in, and how numbers reach a kernel."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+import triton.language as tl
+
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+INTEGRAL = frozenset(
+    (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+)  # fmt: skip
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+COMPUTE_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+"""Result dtype -> the dtype it is computed and accumulated in (torch's opmath type)."""
+
+Number = int | float
+
+
+def encode(value: Number, compute: torch.dtype) -> Number:
+    """A number as a kernel argument: Triton hands floats over in float32, so a float64 goes as
+    the integer that has its bits (``kernels.pointwise.scalar`` takes them apart)."""
+    if compute is torch.float64:
+        return struct.unpack("<q", struct.pack("<d", value))[0]
+    return float(value)

@@ -1,0 +1,506 @@
+"""From an Op to calls of it: eager, under autograd, forward mode, torch.func.
+
+One ``autograd.Function`` a op serves every path. Eager calls enter it below the Python layer of
+``Function.apply``, which binds the signature by ``inspect`` each time (12 us against 3).
+
+Derivatives. ``Function.backward`` calls the op's backward op, an Op like any other, so that a
+second derivative meets a second Function. What has no kernel of its own is evaluated from the rule
+under ``rules()``, where torch mathematics means our ops, whoever called and on whichever thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from . import runtime
+from .op import TARGETS, BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported
+from .runtime import local
+
+Function = Callable[..., Any]
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_keys = torch._C._dispatch_keys
+_unwrapped = torch._C._functorch.get_unwrapped
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_is_tracing = torch._C._is_tracing
+_any_autocast = torch._C._is_any_autocast_enabled
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+@cache
+def _plain_keysets() -> frozenset[int]:
+    """Dispatch key sets of tensors that are nothing but strided memory a kernel can read.
+
+    One comparison rules out layouts (sparse, nested, quantised), lazy negation and conjugation,
+    zero tensors without storage, fake, meta and wrapped tensors.
+    """
+    sets = set()
+    for device in runtime.DEVICE_TYPES:
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        sets.add(_keys(torch.empty(0, device=device)).raw_repr())
+        with torch.inference_mode():
+            sets.add(_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(sets)
+
+
+_PLAIN_KEYSETS = _plain_keysets()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel may read ``tensor`` through its pointer and strides."""
+    return type(tensor) in _PLAIN_TYPES and _keys(tensor).raw_repr() in _PLAIN_KEYSETS
+
+
+def admit(tensor: Tensor) -> None:
+    """Raise Unsupported, with the reason, for a tensor that our kernels cannot take."""
+    if type(tensor) in _PLAIN_TYPES and _keys(tensor).raw_repr() in _PLAIN_KEYSETS:
+        return
+    if not isinstance(tensor, Tensor):
+        raise Unsupported(f"a {type(tensor).__name__} in a tensor's place")
+    if _is_wrapped(tensor) and not _functorch_active():
+        raise Unsupported("tensor of a transform that has ended")
+    while _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+    if is_plain(tensor):
+        return
+    if type(tensor) not in _PLAIN_TYPES:
+        raise Unsupported(f"tensor subclass {type(tensor).__name__}")
+    if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+        raise Unsupported("sparse, nested or quantized tensor")
+    if tensor.is_complex():
+        raise Unsupported("complex dtype")
+    if tensor.device.type not in runtime.DEVICE_TYPES:
+        raise Unsupported(f"{tensor.device.type} tensor")
+    raise Unsupported("lazily evaluated tensor")
+
+
+def call(op: Op, bind: Bind, func: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run ``func(*args, **kwargs)``, a torch call that ``op`` replaces, on ``op`` if it can."""
+    if torch.compiler.is_compiling():
+        return call_compiled(op, func, args, kwargs)
+    if _function_modes():
+        # Called directly, not by a mode: what happens inside is not the user's torch code.
+        with bypass():
+            return dispatch(op, bind, func, args, kwargs, local.session)
+    return dispatch(op, bind, func, args, kwargs, local.session)
+
+
+def dispatch(
+    op: Op,
+    bind: Bind,
+    func: Function,
+    args: tuple,
+    kwargs: dict[str, Any],
+    session: runtime.Session | None,
+) -> Any:
+    """``call`` with every mode already out of the way."""
+    try:
+        if _dispatch_modes() or _is_tracing():
+            # Tracers and fake tensors must see ATen operators, not our launches.
+            raise Unsupported("a tracer or dispatch mode is active")
+        if op.autocast and _any_autocast():
+            args, kwargs = autocast(op, args, kwargs)
+        tensors, params = bind(*args, **kwargs)
+    except Unsupported as reason:
+        return fall_back(op, bind, func, args, kwargs, str(reason), session)
+    except TypeError:
+        try:
+            inspect.signature(bind).bind(*args, **kwargs)
+        except TypeError:
+            return fall_back(op, bind, func, args, kwargs, "arguments of another overload", session)
+        raise
+    if session is not None:
+        session._count_run(op.name)
+    return apply(op, params, tensors)
+
+
+def fall_back(
+    op: Op,
+    bind: Bind,
+    func: Function,
+    args: tuple,
+    kwargs: dict[str, Any],
+    reason: str,
+    session: runtime.Session | None,
+) -> Any:
+    """Let torch run a call that ``op`` does not take. What torch refuses keeps torch's exception
+    type; the message is preceded by what came for each argument."""
+    if session is not None:
+        session._count_fall_back(torch_name(func), reason)
+    try:
+        return func(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        if type(error).__module__ != "builtins":
+            raise  # torch.OutOfMemoryError and its like are not about the arguments
+        message = f"{op.name}({describe(bind, args, kwargs)}): {error}"
+        raise type(error)(message) from error
+
+
+def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:
+    """The arguments of a call by name: dtype, shape and device of tensors, values of the rest."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            return f"{dtype}{list(value.shape)} on {value.device}"
+        text = repr(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    names = list(inspect.signature(bind).parameters)
+    pairs = [
+        (names[i] if i < len(names) else f"argument {i + 1}", value) for i, value in enumerate(args)
+    ]
+    pairs += list(kwargs.items())
+    return ", ".join(f"{name}={show(value)}" for name, value in pairs)
+
+
+@cache
+def torch_name(func: Function) -> str:
+    """Public name of a torch callable, for reports."""
+    with contextlib.suppress(Exception):
+        if name := torch.overrides.resolve_name(func):
+            return name
+    return getattr(func, "__name__", repr(func))
+
+
+_AUTOCAST_ORDER = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def autocast(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Cast the arguments as torch's autocast does for this op on their device."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    device = next((t.device.type for t in tensors), "cpu")
+    policy = op.autocast.get(device)
+    if policy is None or not torch.is_autocast_enabled(device):
+        return args, kwargs
+    # float64 is never lowered, and only tensors on the autocasting device are touched.
+    eligible = [
+        t
+        for t in tensors
+        if t.is_floating_point() and t.device.type == device and t.dtype != torch.float64
+    ]
+    if not eligible:
+        return args, kwargs
+    if policy == "lower":
+        target = torch.get_autocast_dtype(device)
+    elif policy == "float32":
+        target = torch.float32
+    else:
+        target = max((t.dtype for t in eligible), key=_AUTOCAST_ORDER.index)
+        if {torch.float16, torch.bfloat16} <= {t.dtype for t in eligible}:
+            target = torch.float32
+    chosen = {id(t) for t in eligible}
+
+    def cast(value: Any) -> Any:
+        return value.to(target) if id(value) in chosen else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+def apply(op: Op, params: Any, tensors: Tensors) -> Any:
+    """Run a bound call: directly when nothing asks for a derivative, else through the Function.
+
+    Returns the public outputs: a tensor, or a tuple of them.
+    """
+    if _functorch_active():
+        result = op.function.apply(params, *tensors)
+    elif op.differentiable and (
+        forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    ):
+        result = _apply_eagerly(op.function, params, tensors)
+    else:
+        result = op.forward(params, *tensors)
+    if type(result) is tuple and len(result) > op.outputs:
+        return result[0] if op.outputs == 1 else result[: op.outputs]
+    return result
+
+
+def _apply_eagerly(function: Any, params: Any, tensors: Tensors) -> Any:
+    # Function.apply of torch.autograd.Function's base class is the C++ entry: no binding.
+    return super(torch.autograd.Function, function).apply(params, *tensors)
+
+
+def make_function(op: Op) -> type[torch.autograd.Function]:
+    """The autograd.Function of ``op``; its first argument is ``params``, then the tensors."""
+
+    def forward(params: Any, *tensors: Tensor | None) -> Any:
+        return op.forward(params, *tensors)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        outputs = output if type(output) is tuple else (output,)
+        params, tensors = inputs[0], inputs[1:]
+        ctx.params = params
+        ctx.session = local.session
+        ctx.transformed = _functorch_active()
+        # An output that the loss does not depend on sends None, not a tensor of zeros.
+        ctx.set_materialize_grads(False)
+        ctx.specs = tuple([None if t is None else Spec(t.shape, t.dtype) for t in tensors])
+        ctx.input_count = len(tensors)
+        everything = (*tensors, *outputs)
+        needs = ctx.needs_input_grad[1:]
+        if not op.differentiable:
+            ctx.mark_non_differentiable(*outputs)
+            return
+        if op.saves is None:
+            ctx.save_for_backward(*tensors, *[None] * len(outputs))
+        elif True in needs:
+            kept = op.saves(params, needs)
+            ctx.save_for_backward(*[t if i in kept else None for i, t in enumerate(everything)])
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*everything)
+        if len(outputs) > op.outputs:
+            ctx.mark_non_differentiable(*outputs[op.outputs :])
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
+        needs = ctx.needs_input_grad[1:]
+        saved = ctx.saved_tensors
+        if ctx.transformed:
+            # Wrappers of a transform that has ended meanwhile; torch's own operators look through
+            # them by themselves.
+            saved = tuple([t if t is None else _unwrap_if_dead(t) for t in saved])
+            grads = tuple([g if g is None else _unwrap_if_dead(g) for g in grads])
+        previous = local.session, local.bypass
+        local.session, local.bypass = ctx.session, 1
+        try:
+            result = vjp(op, ctx.params, needs, ctx.specs, grads[: op.outputs], saved)
+        finally:
+            local.session, local.bypass = previous
+        return (None, *result)
+
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        # What was saved still carries the tangents of this very level.
+        saved = [
+            t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
+        ]
+        tensors, outputs = tuple(saved[: ctx.input_count]), tuple(saved[ctx.input_count :])
+        # Forward mode is off while torch calls this. A second level of it, as in
+        # jacfwd(jacfwd(f)), would silently lose its tangents here.
+        with (
+            runtime.attribute_to(ctx.session),
+            rules(),
+            forward_ad._set_fwd_grad_enabled(True),
+        ):
+            result = pushforward(op, ctx.params, tensors, outputs, tangents)
+        extra = len(outputs) - op.outputs
+        if extra:
+            return (*(result if type(result) is tuple else (result,)), *[None] * extra)
+        return result
+
+    def vmap(info: Any, in_dims: tuple, params: Any, *tensors: Tensor | None) -> Any:
+        with rules():
+            if op.vmap is not None:
+                return op.vmap(info, params, tensors, in_dims[1:])
+            return vmap_reference(op, info, params, tensors, in_dims[1:])
+
+    name = "".join(part.capitalize() for part in op.name.split("_"))
+    members: dict[str, Any] = {
+        "op": op,
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(jvp),
+        "vmap": staticmethod(vmap),
+        "__doc__": f"{op.name}: {op.formula}",
+        "__module__": __name__,
+    }
+    return type(f"Triton{name}", (torch.autograd.Function,), members)
+
+
+def vjp(
+    op: Op,
+    params: Any,
+    needs: Needs,
+    specs: tuple[Spec | None, ...],
+    grads: Tensors,
+    saved: Tensors,
+    own_level: int = 0,
+) -> Tensors:
+    """Gradients of the op's tensors, given those of its public outputs.
+
+    ``own_level`` is 1 where a ``jvp`` calls it, for the forward-mode level it evaluates.
+    """
+    if all(g is None for g in grads):
+        return (None,) * len(needs)
+    if op.rule is None:
+        return differentiate(op, params, needs, grads, saved[: len(needs)])
+    if op.backward is not None:
+        grads = tuple([g if g is None or is_plain(g) else settle(g) for g in grads])
+        if _kernel_sees_everything((*grads, *saved), own_level):
+            found = apply(op.backward, BackwardParams(params, needs, specs), (*grads, *saved))
+            results = iter(found if type(found) is tuple else (found,))
+            return tuple([next(results) if need else None for need in needs])
+    with rules():
+        return op.rule(params, needs, specs, grads, saved)
+
+
+def settle(tensor: Tensor) -> Tensor:
+    """A gradient as memory that a kernel can read, if torch handed it over unevaluated."""
+    if _is_wrapped(tensor):
+        return tensor
+    if tensor._is_zerotensor():
+        return tensor.clone()
+    return tensor.resolve_neg()
+
+
+def _kernel_sees_everything(tensors: Tensors, own_level: int) -> bool:
+    """Whether a backward kernel may stand for the rule here.
+
+    Not for tensors that carry a forward-mode tangent (the rule's operations propagate it), for
+    tensor subclasses, nor under a tracer.
+    """
+    if _dispatch_modes() or _is_tracing():
+        return False
+    if forward_ad._current_level >= 0 and _carries_tangents(tensors, own_level):
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        while _is_wrapped(tensor):
+            tensor = _unwrapped(tensor)
+        if type(tensor) not in _PLAIN_TYPES:
+            return False
+    return True
+
+
+def _carries_tangents(tensors: Tensors, own_level: int) -> bool:
+    """Whether forward mode may be differentiating through ``tensors``.
+
+    Exact for dual numbers. Under torch.func the tangents of outer levels are out of reach, so
+    every forward-mode level but the one being evaluated (``own_level`` of them) counts.
+    """
+    if not _functorch_active():
+        return any(
+            t is not None and forward_ad.unpack_dual(t, level=0).tangent is not None
+            for t in tensors
+        )
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    levels = sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+    # No level of torch.func's own: the dual numbers are the user's, below the transforms.
+    return levels == 0 or levels > own_level
+
+
+def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Tensors) -> Tensors:
+    """Gradients of an op that is defined by its reference: reverse mode through it."""
+    if op.reference is None:
+        raise NotImplementedError(
+            f"tritongrad: op {op.name!r} has no derivative (differentiated beyond its "
+            f"maximum order, {op.max_order})"
+        )
+    reference = op.reference
+    wanted = [i for i, need in enumerate(needs) if need]
+    received = [i for i, g in enumerate(grads) if g is not None]
+    cotangents = tuple(grads[i] for i in received)
+
+    def outputs(*primals: Tensor) -> tuple[Tensor, ...]:
+        full = list(tensors)
+        for i, primal in zip(wanted, primals, strict=True):
+            full[i] = primal
+        found = reference(params, *full)
+        return tuple(found[i] for i in received)
+
+    primals = [tensors[i] for i in wanted]
+    if _functorch_active():
+        with rules():
+            _, pull = torch.func.vjp(outputs, *primals)
+            found = pull(cotangents)
+    else:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), rules():
+            # Aliases: one saved tensor may have been computed from another, and only the
+            # partial derivative is wanted. They stay attached if the caller records a graph.
+            primals = [
+                t.view_as(t) if create_graph else t.detach().requires_grad_() for t in primals
+            ]
+            values = outputs(*primals)
+            linked = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
+            found = torch.autograd.grad(
+                [v for v, _ in linked],
+                primals,
+                [c for _, c in linked],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+    results = dict(zip(wanted, found, strict=True))
+    return tuple(results.get(i) for i in range(len(needs)))
+
+
+def pushforward(op: Op, params: Any, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Any:
+    """Tangents of the op's public outputs."""
+    if not op.differentiable:
+        return None
+    if op.jvp is None:
+        raise NotImplementedError(f"tritongrad: op {op.name!r} has no forward-mode derivative")
+    return op.jvp(params, tensors, outputs[: op.outputs], tangents)
+
+
+def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
+    """Batch an op that has no rule of its own through its definition."""
+    if op.reference is None:
+        raise NotImplementedError(f"tritongrad: op {op.name!r} has no vmap rule")
+    present = [i for i, t in enumerate(tensors) if t is not None]
+
+    def body(*values: Tensor) -> Any:
+        full: list[Tensor | None] = [None] * len(tensors)
+        for i, value in zip(present, values, strict=True):
+            full[i] = value
+        assert op.reference is not None
+        return op.reference(params, *full)
+
+    batched = torch.vmap(body, tuple(dims[i] for i in present), 0, randomness=info.randomness)
+    found = batched(*[tensors[i] for i in present])
+    return found, (0,) * len(found)
+
+
+class _Rules(TorchFunctionMode):
+    """torch mathematics on our ops, inside derivative rules: never a user's choice."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        target = TARGETS.get(func)
+        kwargs = kwargs or {}
+        if target is None or local.bypass:
+            return func(*args, **kwargs)
+        local.bypass = 1
+        try:
+            return dispatch(*target, func, args, kwargs, None)
+        finally:
+            local.bypass = 0
+
+
+@contextlib.contextmanager
+def rules() -> Iterator[None]:
+    """Evaluate derivative rules: torch calls inside run on our ops, whatever mode is open."""
+    previous, local.bypass = local.bypass, 0
+    try:
+        with _Rules():
+            yield
+    finally:
+        local.bypass = previous
+
+
+@contextlib.contextmanager
+def bypass() -> Iterator[None]:
+    """Keep our modes out of torch calls made by the library itself."""
+    previous, local.bypass = local.bypass, 1
+    try:
+        yield
+    finally:
+        local.bypass = previous
+
+
+def call_compiled(op: Op, func: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)

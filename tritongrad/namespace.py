@@ -1,0 +1,52 @@
+"""torch's namespaces with our functions in place of those we have."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from .function import call
+from .op import TARGETS
+
+
+def public(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that runs torch's ``func`` on the op that replaces it."""
+    op, bind = TARGETS[func]
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return call(op, bind, func, args, kwargs)
+
+    function.__name__ = function.__qualname__ = func.__name__
+    function.__module__ = "tritongrad"
+    function.__signature__ = inspect.signature(bind)  # type: ignore[attr-defined]
+    order = "any" if op.max_order is None else str(op.max_order)
+    derivative = f"Derivative: {op.formula}, to {order} order." if op.differentiable else ""
+    function.__doc__ = (
+        f"``{func.__name__}`` on Triton kernels; arguments, result and errors as torch's.\n\n"
+        f"{derivative}\n"
+        "dtypes: float64, float32, float16, bfloat16; other calls run on torch.\n\n"
+        f"torch's documentation:\n\n{inspect.getdoc(func) or ''}"
+    )
+    return function
+
+
+def overlay(module: ModuleType) -> Callable[[str], Any]:
+    """A module ``__getattr__``: names of ``module``, ours where an op replaces them."""
+
+    @functools.cache
+    def ours(name: str) -> Callable[..., Any] | None:
+        try:
+            func = getattr(module, name)
+            return public(func) if func in TARGETS else None
+        except TypeError:  # not hashable, so no function
+            return None
+
+    def lookup(name: str) -> Any:
+        # Not cached for names that are torch's: some of them change (torch.backends settings).
+        value = getattr(module, name)
+        return ours(name) or value
+
+    return lookup

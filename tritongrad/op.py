@@ -1,0 +1,205 @@
+"""Op, the one record that an operation is, and OPS, the table of all of them.
+
+Everything that tritongrad does walks this table: rerouting, parity, gradient checks, hazards,
+benchmarks, the README's contract table. Adding an op adds a record and edits no list.
+
+How a record holds the shapes of op there are (``params`` is what is not a tensor):
+
+=====================  =========================================================================
+op                     record
+=====================  =========================================================================
+exp, softmax           saves its output: ``saves`` answers with an index past the inputs
+mul, where             saves for each gradient only what that gradient needs
+layer_norm             ``forward`` returns (y, mean, rstd), ``outputs=1``: what follows the public
+                       outputs is for ``backward`` alone and has no derivative; ``rule`` computes
+                       them again from x, so its own derivative is the whole one
+cross_entropy          an integer input is a tensor that never needs a gradient
+dropout                ``bind`` draws seed and offset into ``params``, so that every order and
+                       every recomputation sees the same mask; ``vmap`` decides on randomness
+fused linear loss      ``forward`` returns (loss, dx, dw), the gradients past ``outputs``;
+                       ``backward`` scales them
+attention              ``backward`` is an Op that has a ``backward`` of its own, and ``jvp`` calls
+                       a third Op: four kernel sets, no further mechanism
+=====================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sampling import Make, Sample
+
+Tensors = tuple[Tensor | None, ...]
+Needs = tuple[bool, ...]
+
+
+class Unsupported(Exception):
+    """Raised by ``Op.bind`` for a call that torch must run; the message is the reason."""
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of an input: what its gradient must look like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class BackwardParams(NamedTuple):
+    """What a backward op knows beside its tensors, which are (*output gradients, *saved)."""
+
+    params: Any
+    needs: Needs
+    specs: tuple[Spec | None, ...]
+
+
+Bind = Callable[..., tuple[Tensors, Any]]
+Rule = Callable[[Any, Needs, tuple[Spec | None, ...], Tensors, Tensors], Tensors]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Op:
+    """One operation: its torch names, its kernels, its derivatives.
+
+    Attributes:
+        name: its name here and in reports; torch's own name of the function where there is one.
+        bind: torch's signature. Returns ``(tensors, params)``, the canonical call, or raises
+            ``Unsupported`` with the reason. ``None`` for an op without a public name.
+        forward: ``(params, *tensors) -> Tensor | tuple``: allocates and launches. Never called
+            with a tensor that a transform has wrapped. Writes nothing but its results.
+        replaces: the torch callables whose calls it takes: function, methods, operators, aliases.
+            The first is the reference that parity is measured against.
+        variants: further torch callables, each with a ``bind`` of its own, because their
+            signature differs (reflected operators, ``Tensor.where``, ``torch.norm``).
+        outputs: number of public outputs; whatever ``forward`` returns beyond them is kept for
+            ``backward`` only.
+        saves: ``(params, needs) -> indices`` into ``(*tensors, *outputs)``: what backward needs.
+        rule: the derivative in torch mathematics: ``(params, needs, specs, grads, saved) ->
+            gradients``, one per tensor, ``None`` where ``needs`` is false. ``saved`` has the
+            length of inputs and outputs together, ``None`` at what was not saved.
+        backward: the op whose kernel computes ``rule`` in one go, or ``None``: ``rule`` itself is
+            evaluated, each of its operations on Triton.
+        reference: ``(params, *tensors) -> tuple`` of outputs, the op's definition in torch
+            mathematics. A backward op has one (its parent's rule); its derivatives of every order
+            and direction come from it.
+        jvp: ``(params, tensors, outputs, tangents) -> tangents of the public outputs``.
+        vmap: ``(info, params, tensors, dims) -> (outputs, out_dims)``.
+        autocast: device type -> policy ("lower", "float32", "promote"), as torch's lists have it.
+        compiled: what ``torch.compile`` sees: "torch" (torch's op, so that Inductor can fuse it)
+            or "library" (a ``torch.library`` op around our kernels).
+        opinfo: names of torch's OpInfo entries that cover it, ``name.variant`` for a variant.
+        kernels: names of the Triton kernels that forward launches.
+        formula: the derivative for a reader, one line.
+        dtypes: dtypes of the result that it computes; others fall back.
+        differentiable: whether it has a derivative; comparisons have none.
+        max_order: derivative order up to which it goes, ``None`` for any.
+        cost: ``(params, *tensors) -> (bytes, operations)``, the least that a forward call moves
+            and computes; benchmarks compare with it.
+        samples: calls for parity, tests and static compilation, beside OpInfo's (see sampling.py).
+        sources: where the derivative formula is from.
+    """
+
+    name: str
+    bind: Bind | None
+    forward: Callable[..., Any]
+    replaces: tuple[Callable[..., Any], ...] = ()
+    variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
+    outputs: int = 1
+    saves: Callable[[Any, Needs], Iterable[int]] | None = None
+    rule: Rule | None = None
+    backward: Op | None = None
+    reference: Callable[..., Tensors] | None = None
+    jvp: Callable[[Any, Tensors, Tensors, Tensors], Any] | None = None
+    vmap: Callable[..., tuple[Any, Any]] | None = None
+    autocast: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    compiled: str = "torch"
+    opinfo: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    formula: str = ""
+    dtypes: frozenset[torch.dtype] = frozenset()
+    differentiable: bool = True
+    max_order: int | None = None
+    cost: Callable[..., tuple[int, int]] | None = None
+    samples: Callable[[Make], Iterable[Sample]] | None = None
+    sources: str = ""
+
+    def __post_init__(self) -> None:
+        if self.differentiable and self.rule is None and self.reference is None:
+            raise ValueError(
+                f"op {self.name!r} has neither a derivative rule nor a reference; an op that has "
+                "no derivative says so with differentiable=False"
+            )
+
+    @cached_property
+    def function(self) -> type[torch.autograd.Function]:
+        """Its autograd.Function."""
+        from .function import make_function
+
+        return make_function(self)
+
+    @property
+    def rule_text(self) -> str:
+        """Its derivative in one line of mathematics."""
+        return self.formula
+
+    @property
+    def backward_kernels(self) -> tuple[str, ...]:
+        """Names of the Triton kernels that its backward op launches; empty without one."""
+        return self.backward.kernels if self.backward is not None else ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it with torch's signature."""
+        from .function import call
+
+        assert self.bind is not None
+        return call(self, self.bind, self.replaces[0], args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"<tritongrad op {self.name}>"
+
+
+OPS: dict[str, Op] = {}
+"""Every op that has torch names, by its name."""
+
+TARGETS: dict[Callable[..., Any], tuple[Op, Bind]] = {}
+"""torch callable -> the op that takes its calls, and how its arguments are read."""
+
+
+def register(op: Op) -> Op:
+    """Enter ``op`` into OPS and TARGETS. Returns it.
+
+    Raises:
+        ValueError: its name or one of its torch callables is taken.
+    """
+    if op.name in OPS:
+        raise ValueError(f"an op named {op.name!r} is registered already")
+    binds = {target: op.bind for target in op.replaces} | dict(op.variants)
+    for target in binds:
+        if target in TARGETS:
+            raise ValueError(f"{target} is taken by op {TARGETS[target][0].name!r}")
+    OPS[op.name] = op
+    TARGETS.update({target: (op, bind) for target, bind in binds.items() if bind is not None})
+    return op
+
+
+def select(argument: str, names: str | Iterable[str]) -> frozenset[str]:
+    """Check op names given by a user.
+
+    Raises:
+        ValueError: a name that is no op, with the nearest ones.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in OPS:
+            near = difflib.get_close_matches(str(name), OPS, 3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(
+                f"{argument}: expected names of ops (see `tritongrad ops`), got {name!r}{hint}"
+            )
+    return frozenset(names)

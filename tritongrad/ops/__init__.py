@@ -1,0 +1,15 @@
+"""The ops, one module a family. Importing this package registers them all.
+
+torch has a namespace of this name too (``torch.ops.aten``); under ``import tritongrad as torch``
+its attributes are found here as well.
+"""
+
+from typing import Any
+
+import torch
+
+from . import pointwise as pointwise
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.ops, name)

@@ -1,0 +1,215 @@
+"""Rerouting unmodified torch code: ``use()``, ``enable()``, ``disable()``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import ContextDecorator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .function import call_compiled, dispatch, torch_name
+from .op import OPS, TARGETS, Op, select
+from .runtime import Session, local
+
+MOVES = "moves data, no arithmetic"
+CREATES = "creates a tensor"
+NO_FLOATS = "result is not floating-point"
+
+HARMLESS = frozenset((MOVES, CREATES, NO_FLOATS))
+"""Reasons of calls that no differentiable kernel could have taken."""
+
+_MOVING = frozenset(
+    """
+    T H mT mH alias as_strided atleast_1d atleast_2d atleast_3d bfloat16 block_diag
+    broadcast_tensors broadcast_to cat chunk clone column_stack concat concatenate contiguous copy_
+    cpu cuda data detach detach_ diag diag_embed diagonal double dsplit dstack expand expand_as
+    fill_ flatten flip fliplr flipud float gather grad half hsplit hstack imag index_select
+    masked_select meshgrid moveaxis movedim narrow pad permute pixel_shuffle pixel_unshuffle ravel
+    real repeat repeat_interleave requires_grad_ reshape reshape_as roll rot90 row_stack select
+    split split_with_sizes squeeze stack swapaxes swapdims t take take_along_dim tensor_split tile
+    to transpose tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze
+    view view_as vsplit vstack zero_ __getitem__ __get__ __set__ __deepcopy__ __reduce_ex__
+    __array__ __iter__ __reversed__ retain_grad share_memory_ pin_memory
+    """.split()
+)
+
+
+def _has_float(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return isinstance(value, (tuple, list)) and any(map(_has_float, value))
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, (tuple, list)) and any(map(_has_tensor, value))
+
+
+def why_not(name: str, args: tuple, kwargs: dict[str, Any], result: Any) -> str:
+    """Reason why a call named ``name``, which is in no op's record, ran on torch."""
+    if name in _MOVING or name.startswith("new_") or name.endswith("_like"):
+        return CREATES if name.endswith("_like") or name.startswith("new_") else MOVES
+    if kwargs.get("out") is not None:
+        return "out="
+    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+        return "in-place"
+    if name.startswith("__i") and name.removeprefix("__i") in _INPLACE_OPERATORS:
+        return "in-place"
+    if not _has_float(result):
+        return NO_FLOATS
+    if not any(map(_has_tensor, args)) and not any(map(_has_tensor, kwargs.values())):
+        return CREATES
+    return "no kernel"
+
+
+_INPLACE_OPERATORS = frozenset(
+    """add__ sub__ mul__ truediv__ div__ pow__ matmul__ floordiv__ mod__ and__ or__ xor__
+    lshift__ rshift__""".split()
+)
+
+
+class _Rerouting(TorchFunctionMode):
+    """Sends torch calls that are in TARGETS to their ops, the rest to torch, and counts both."""
+
+    def __init__(self, session: Session, names: frozenset[str] | None) -> None:
+        super().__init__()
+        self.session = session
+        self.names = names
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            target = TARGETS.get(func)
+            if target is None or not takes(self.names, target[0]):
+                return func(*args, **kwargs)
+            return call_compiled(target[0], target[1], func, args, kwargs)
+        if local.bypass:
+            return func(*args, **kwargs)
+        if func is Tensor.backward:
+            # Straight to the engine, with this mode still on: a checkpointed region computed again
+            # during backward must meet the same ops as the first time.
+            with self:
+                return torch.autograd.backward(*_backward_arguments(*args, **kwargs))
+        target = TARGETS.get(func)
+        # An outer session must not take what this one leaves to torch.
+        local.bypass = 1
+        try:
+            if target is None:
+                result = func(*args, **kwargs)
+                reason = why_not(func.__name__, args, kwargs, result)
+                self.session._count_fall_back(torch_name(func), reason)
+                return result
+            op, bind = target
+            if takes(self.names, op):
+                return dispatch(op, bind, func, args, kwargs, self.session)
+            self.session._count_fall_back(torch_name(func), "left out by use()")
+            return func(*args, **kwargs)
+        finally:
+            local.bypass = 0
+
+
+def takes(names: frozenset[str] | None, op: Op) -> bool:
+    """Whether a selection of op names (None: all) includes ``op``."""
+    return names is None or op.name in names
+
+
+def _backward_arguments(
+    self: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> tuple:
+    """Tensor.backward's arguments as torch.autograd.backward takes them."""
+    return self, gradient, retain_graph, create_graph, None, inputs
+
+
+def _selection(only: Any, exclude: Any) -> frozenset[str] | None:
+    left_out = select("exclude", exclude)
+    if only is None and not left_out:
+        return None
+    return (frozenset(OPS) if only is None else select("only", only)) - left_out
+
+
+class use(ContextDecorator):
+    """Run torch code on Triton kernels: ``with tritongrad.use(): ...`` or ``@tritongrad.use()``.
+
+    Inside, calls of torch functions, methods and operators that tritongrad has an op for run on it,
+    forward and backward; all others run on torch. Sessions nest; the innermost decides. It holds
+    for the current thread.
+
+    Args:
+        only: names of the ops to use, one or several; None for all.
+        exclude: names of ops to leave to torch.
+
+    As a context manager it yields a session: ``.ran`` (Counter of op names), ``.fell_back``
+    (Counter of (torch name, reason)), ``.launches`` (Triton kernels launched, those of the backward
+    passes included), and a readable ``str()``.
+
+    Raises:
+        ValueError: a name in ``only`` or ``exclude`` that is no op.
+
+    Under ``torch.utils.checkpoint`` call backward inside as well, or put ``use()`` inside the
+    checkpointed function: what is computed again must be what was computed.
+    """
+
+    def __init__(
+        self, only: str | Iterable[str] | None = None, exclude: str | Iterable[str] = ()
+    ) -> None:
+        self._names = _selection(only, exclude)
+        # One `use()` object decorating a function is entered again by recursion and by threads.
+        self._open = threading.local()
+
+    def __enter__(self) -> Session:
+        session = Session(local.session)
+        mode = _Rerouting(session, self._names)
+        mode.__enter__()
+        stack = self._open.__dict__.setdefault("stack", [])
+        stack.append((mode, local.session))
+        local.session = session
+        return session
+
+    def __exit__(self, *exception: Any) -> None:
+        mode, local.session = self._open.stack.pop()
+        mode.__exit__(*exception)
+
+
+_enabled = threading.local()
+
+
+def enable(only: str | Iterable[str] | None = None, exclude: str | Iterable[str] = ()) -> Session:
+    """Reroute this thread's torch calls until ``disable()``. Returns the session.
+
+    Takes the arguments of ``use``. Other threads are not affected: call it in each.
+
+    Raises:
+        RuntimeError: it is enabled in this thread already.
+        ValueError: a name in ``only`` or ``exclude`` that is no op.
+    """
+    if getattr(_enabled, "context", None) is not None:
+        raise RuntimeError("tritongrad is enabled in this thread already; call disable() first")
+    context = use(only, exclude)
+    _enabled.session = context.__enter__()
+    _enabled.context = context
+    return _enabled.session
+
+
+def disable() -> Session:
+    """End what ``enable()`` began in this thread. Returns its session.
+
+    Raises:
+        RuntimeError: it is not enabled in this thread, or a ``use()`` opened since is still open.
+    """
+    context = getattr(_enabled, "context", None)
+    if context is None:
+        raise RuntimeError("tritongrad is not enabled in this thread; call enable() first")
+    if local.session is not _enabled.session:
+        raise RuntimeError("disable() inside a use() that was opened after enable()")
+    context.__exit__(None, None, None)
+    _enabled.context = None
+    return _enabled.session
