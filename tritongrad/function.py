@@ -37,11 +37,16 @@ _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_tracing = torch._C._is_tracing
 _any_autocast = torch._C._is_any_autocast_enabled
 
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+def key_set(tensor: Tensor) -> int:
+    """The dispatch key set of ``tensor`` as a number."""
+    return _keys(tensor).raw_repr()
+
+
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 @cache
-def _plain_keysets() -> frozenset[int]:
+def _plain_key_sets() -> frozenset[int]:
     """Dispatch key sets of tensors that are nothing but strided memory a kernel can read.
 
     One comparison rules out layouts (sparse, nested, quantised), lazy negation and conjugation,
@@ -51,23 +56,23 @@ def _plain_keysets() -> frozenset[int]:
     for device in runtime.DEVICE_TYPES:
         if device == "cuda" and not torch.cuda.is_available():
             continue
-        sets.add(_keys(torch.empty(0, device=device)).raw_repr())
+        sets.add(key_set(torch.empty(0, device=device)))
         with torch.inference_mode():
-            sets.add(_keys(torch.empty(0, device=device)).raw_repr())
+            sets.add(key_set(torch.empty(0, device=device)))
     return frozenset(sets)
 
 
-_PLAIN_KEYSETS = _plain_keysets()
+PLAIN_KEY_SETS = _plain_key_sets()
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a kernel may read ``tensor`` through its pointer and strides."""
-    return type(tensor) in _PLAIN_TYPES and _keys(tensor).raw_repr() in _PLAIN_KEYSETS
+    return type(tensor) in PLAIN_TYPES and key_set(tensor) in PLAIN_KEY_SETS
 
 
 def admit(tensor: Tensor) -> None:
     """Raise Unsupported, with the reason, for a tensor that our kernels cannot take."""
-    if type(tensor) in _PLAIN_TYPES and _keys(tensor).raw_repr() in _PLAIN_KEYSETS:
+    if type(tensor) in PLAIN_TYPES and key_set(tensor) in PLAIN_KEY_SETS:
         return
     if not isinstance(tensor, Tensor):
         raise Unsupported(f"a {type(tensor).__name__} in a tensor's place")
@@ -77,7 +82,7 @@ def admit(tensor: Tensor) -> None:
         tensor = _unwrapped(tensor)
     if is_plain(tensor):
         return
-    if type(tensor) not in _PLAIN_TYPES:
+    if type(tensor) not in PLAIN_TYPES:
         raise Unsupported(f"tensor subclass {type(tensor).__name__}")
     if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
         raise Unsupported("sparse, nested or quantized tensor")
@@ -88,15 +93,19 @@ def admit(tensor: Tensor) -> None:
     raise Unsupported("lazily evaluated tensor")
 
 
-def call(op: Op, bind: Bind, func: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run ``func(*args, **kwargs)``, a torch call that ``op`` replaces, on ``op`` if it can."""
-    if torch.compiler.is_compiling():
-        return call_compiled(op, func, args, kwargs)
-    if _function_modes():
-        # Called directly, not by a mode: what happens inside is not the user's torch code.
-        with bypass():
-            return dispatch(op, bind, func, args, kwargs, local.session)
-    return dispatch(op, bind, func, args, kwargs, local.session)
+def entry(op: Op, bind: Bind, func: Function) -> Function:
+    """The function that runs ``func``'s calls, read by ``bind``, on ``op`` where it can."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return call_compiled(op, bind, func, args, kwargs)
+        if _function_modes() and not local.bypass:
+            # Called directly, not by a mode: what happens inside is not the user's torch code.
+            with bypass():
+                return dispatch(op, bind, func, args, kwargs, local.session)
+        return dispatch(op, bind, func, args, kwargs, local.session)
+
+    return call
 
 
 def dispatch(
@@ -107,7 +116,8 @@ def dispatch(
     kwargs: dict[str, Any],
     session: runtime.Session | None,
 ) -> Any:
-    """``call`` with every mode already out of the way."""
+    """Run ``func(*args, **kwargs)`` on ``op`` if it can, else on torch; our modes are out of the way
+    already."""
     try:
         if _dispatch_modes() or _is_tracing():
             # Tracers and fake tensors must see ATen operators, not our launches.
@@ -218,11 +228,9 @@ def apply(op: Op, params: Any, tensors: Tensors) -> Any:
     """
     if _functorch_active():
         result = op.function.apply(params, *tensors)
-    elif op.differentiable and (
-        forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-    ):
-        result = _apply_eagerly(op.function, params, tensors)
+    elif op.differentiable and _wants_derivative(tensors):
+        # Function.apply of torch.autograd.Function's base class is the C++ entry: no binding.
+        result = super(torch.autograd.Function, op.function).apply(params, *tensors)
     else:
         result = op.forward(params, *tensors)
     if type(result) is tuple and len(result) > op.outputs:
@@ -230,72 +238,84 @@ def apply(op: Op, params: Any, tensors: Tensors) -> Any:
     return result
 
 
-def _apply_eagerly(function: Any, params: Any, tensors: Tensors) -> Any:
-    # Function.apply of torch.autograd.Function's base class is the C++ entry: no binding.
-    return super(torch.autograd.Function, function).apply(params, *tensors)
+def _wants_derivative(tensors: Tensors) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def make_function(op: Op) -> type[torch.autograd.Function]:
     """The autograd.Function of ``op``; its first argument is ``params``, then the tensors."""
 
-    def forward(params: Any, *tensors: Tensor | None) -> Any:
-        return op.forward(params, *tensors)
+    # Constants of the op, looked up once: setup_context is on the hot path.
+    saves, uniform, public, differentiable = op.saves, op.uniform, op.outputs, op.differentiable
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         outputs = output if type(output) is tuple else (output,)
-        params, tensors = inputs[0], inputs[1:]
-        ctx.params = params
-        ctx.session = local.session
-        ctx.transformed = _functorch_active()
-        # An output that the loss does not depend on sends None, not a tensor of zeros.
-        ctx.set_materialize_grads(False)
-        ctx.specs = tuple([None if t is None else Spec(t.shape, t.dtype) for t in tensors])
-        ctx.input_count = len(tensors)
-        everything = (*tensors, *outputs)
-        needs = ctx.needs_input_grad[1:]
-        if not op.differentiable:
+        if not differentiable:
             ctx.mark_non_differentiable(*outputs)
             return
-        if op.saves is None:
-            ctx.save_for_backward(*tensors, *[None] * len(outputs))
-        elif True in needs:
-            kept = op.saves(params, needs)
-            ctx.save_for_backward(*[t if i in kept else None for i, t in enumerate(everything)])
+        params, *tensors = inputs
+        specs = None
+        if uniform is None or not uniform(params):
+            specs = tuple([None if t is None else Spec(t.shape, t.dtype) for t in tensors])
+        ctx.call = params, specs, local.session
+        # An output that the loss does not depend on sends None, not a tensor of zeros.
+        ctx.set_materialize_grads(False)
+        if saves is None:
+            ctx.save_for_backward(*tensors)
+        else:
+            everything = (*tensors, *outputs)
+            kept = saves(params, ctx.needs_input_grad[1:])
+            ctx.save_for_backward(*[everything[i] for i in kept])
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(*everything)
-        if len(outputs) > op.outputs:
-            ctx.mark_non_differentiable(*outputs[op.outputs :])
+            ctx.save_for_forward(*tensors, *outputs)
+        if len(outputs) > public:
+            ctx.mark_non_differentiable(*outputs[public:])
 
     def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
         needs = ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors
-        if ctx.transformed:
-            # Wrappers of a transform that has ended meanwhile; torch's own operators look through
-            # them by themselves.
-            saved = tuple([t if t is None else _unwrap_if_dead(t) for t in saved])
-            grads = tuple([g if g is None else _unwrap_if_dead(g) for g in grads])
+        # Everything in its place, None for what was not saved. What a transform wrapped that has
+        # ended meanwhile is unwrapped, as torch's own operators do by themselves.
+        params, specs, session = ctx.call
+        kept = range(len(needs)) if saves is None else saves(params, needs)
+        saved: list[Tensor | None] = [None] * (len(needs) + len(grads))
+        for i, t in zip(kept, ctx.saved_tensors, strict=True):
+            saved[i] = t if t is None else _unwrap_if_dead(t)
+        grads = tuple([g if g is None else _unwrap_if_dead(g) for g in grads[:public]])
+        if all(g is None for g in grads):
+            return (None,) * (1 + len(needs))
+        if specs is None:
+            like = next(g for g in grads if g is not None)
+            specs = (Spec(like.shape, like.dtype),) * len(needs)
         previous = local.session, local.bypass
-        local.session, local.bypass = ctx.session, 1
+        local.session, local.bypass = session, 1
         try:
-            result = vjp(op, ctx.params, needs, ctx.specs, grads[: op.outputs], saved)
+            result = vjp(op, params, needs, specs, grads, tuple(saved))
         finally:
             local.session, local.bypass = previous
         return (None, *result)
 
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        params, _, session = ctx.call
         # What was saved still carries the tangents of this very level.
         saved = [
             t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
         ]
-        tensors, outputs = tuple(saved[: ctx.input_count]), tuple(saved[ctx.input_count :])
+        count = len(tangents)
+        tensors, outputs = tuple(saved[:count]), tuple(saved[count:])
         # Forward mode is off while torch calls this. A second level of it, as in
         # jacfwd(jacfwd(f)), would silently lose its tangents here.
         with (
-            runtime.attribute_to(ctx.session),
+            runtime.attribute_to(session),
             rules(),
             forward_ad._set_fwd_grad_enabled(True),
         ):
-            result = pushforward(op, ctx.params, tensors, outputs, tangents)
+            result = pushforward(op, params, tensors, outputs, tangents)
         extra = len(outputs) - op.outputs
         if extra:
             return (*(result if type(result) is tuple else (result,)), *[None] * extra)
@@ -310,7 +330,7 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
     name = "".join(part.capitalize() for part in op.name.split("_"))
     members: dict[str, Any] = {
         "op": op,
-        "forward": staticmethod(forward),
+        "forward": staticmethod(op.forward),
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
         "jvp": staticmethod(jvp),
@@ -334,8 +354,6 @@ def vjp(
 
     ``own_level`` is 1 where a ``jvp`` calls it, for the forward-mode level it evaluates.
     """
-    if all(g is None for g in grads):
-        return (None,) * len(needs)
     if op.rule is None:
         return differentiate(op, params, needs, grads, saved[: len(needs)])
     if op.backward is not None:
@@ -372,7 +390,7 @@ def _kernel_sees_everything(tensors: Tensors, own_level: int) -> bool:
             continue
         while _is_wrapped(tensor):
             tensor = _unwrapped(tensor)
-        if type(tensor) not in _PLAIN_TYPES:
+        if type(tensor) not in PLAIN_TYPES:
             return False
     return True
 

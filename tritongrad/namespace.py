@@ -8,20 +8,17 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .function import call
+from .function import entry
 from .op import TARGETS
 
 
 def public(func: Callable[..., Any]) -> Callable[..., Any]:
     """The function that runs torch's ``func`` on the op that replaces it."""
     op, bind = TARGETS[func]
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return call(op, bind, func, args, kwargs)
-
+    function: Any = entry(op, bind, func)
     function.__name__ = function.__qualname__ = func.__name__
     function.__module__ = "tritongrad"
-    function.__signature__ = inspect.signature(bind)  # type: ignore[attr-defined]
+    function.__signature__ = inspect.signature(bind)
     order = "any" if op.max_order is None else str(op.max_order)
     derivative = f"Derivative: {op.formula}, to {order} order." if op.differentiable else ""
     function.__doc__ = (

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -80,6 +80,9 @@ class Op:
         outputs: number of public outputs; whatever ``forward`` returns beyond them is kept for
             ``backward`` only.
         saves: ``(params, needs) -> indices`` into ``(*tensors, *outputs)``: what backward needs.
+            None: the tensors.
+        uniform: ``params -> bool``: whether every input has the shape and dtype of the output, so
+            that neither needs to be remembered. None: never.
         rule: the derivative in torch mathematics: ``(params, needs, specs, grads, saved) ->
             gradients``, one per tensor, ``None`` where ``needs`` is false. ``saved`` has the
             length of inputs and outputs together, ``None`` at what was not saved.
@@ -111,7 +114,8 @@ class Op:
     replaces: tuple[Callable[..., Any], ...] = ()
     variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
     outputs: int = 1
-    saves: Callable[[Any, Needs], Iterable[int]] | None = None
+    saves: Callable[[Any, Needs], Sequence[int]] | None = None
+    uniform: Callable[[Any], bool] | None = None
     rule: Rule | None = None
     backward: Op | None = None
     reference: Callable[..., Tensors] | None = None
@@ -153,12 +157,18 @@ class Op:
         """Names of the Triton kernels that its backward op launches; empty without one."""
         return self.backward.kernels if self.backward is not None else ()
 
+    @cached_property
+    def entry(self) -> Callable[..., Any]:
+        """It as a function with torch's signature."""
+        from .function import entry
+
+        if self.bind is None:
+            raise TypeError(f"tritongrad: op {self.name!r} is internal, it has no torch signature")
+        return entry(self, self.bind, self.replaces[0])
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it with torch's signature."""
-        from .function import call
-
-        assert self.bind is not None
-        return call(self, self.bind, self.replaces[0], args, kwargs)
+        return self.entry(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<tritongrad op {self.name}>"

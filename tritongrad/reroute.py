@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -90,11 +91,13 @@ class _Rerouting(TorchFunctionMode):
             return call_compiled(target[0], target[1], func, args, kwargs)
         if local.bypass:
             return func(*args, **kwargs)
-        if func is Tensor.backward:
+        if func in _BACKWARD and {Tensor, torch.nn.Parameter}.issuperset(types):
             # Straight to the engine, with this mode still on: a checkpointed region computed again
             # during backward must meet the same ops as the first time.
+            if func is Tensor.backward:
+                func, args, kwargs = torch.autograd.backward, _arguments(*args, **kwargs), {}
             with self:
-                return torch.autograd.backward(*_backward_arguments(*args, **kwargs))
+                return _past_override(func)(*args, **kwargs)
         target = TARGETS.get(func)
         # An outer session must not take what this one leaves to torch.
         local.bypass = 1
@@ -118,7 +121,10 @@ def takes(names: frozenset[str] | None, op: Op) -> bool:
     return names is None or op.name in names
 
 
-def _backward_arguments(
+_BACKWARD = frozenset((Tensor.backward, torch.autograd.backward, torch.autograd.grad))
+
+
+def _arguments(
     self: Tensor,
     gradient: Tensor | None = None,
     retain_graph: bool | None = None,
@@ -127,6 +133,17 @@ def _backward_arguments(
 ) -> tuple:
     """Tensor.backward's arguments as torch.autograd.backward takes them."""
     return self, gradient, retain_graph, create_graph, None, inputs
+
+
+def _past_override(func: Any) -> Callable[..., Any]:
+    """torch.autograd.backward or grad as it goes on when no mode takes the call.
+
+    Both first offer themselves to the mode that is on; this is how to run them with it on.
+    """
+    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
 
 
 def _selection(only: Any, exclude: Any) -> frozenset[str] | None:

@@ -56,6 +56,10 @@ INTERPRETED: bool = _settle()
 if INTERPRETED:
     import numpy  # what the interpreter computes with
 
+    from ._interpreter import correct_bfloat16
+
+    correct_bfloat16()
+
 DEVICE_TYPES: frozenset[str] = frozenset(("cuda", "cpu") if INTERPRETED else ("cuda",))
 """Types of the devices whose tensors our kernels accept."""
 
@@ -151,6 +155,17 @@ def launch(
     ``args`` are its run-time arguments (tensors, numbers, ``None``, tuples of these) and ``meta``
     its constexprs by name, with ``num_warps`` and ``num_stages`` where they are not the default.
     """
+    launch_prepared(kernel, grid, args, device, meta)
+
+
+def launch_prepared(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    device: torch.device,
+    meta: dict[str, Any],
+) -> None:
+    """``launch`` with the constexprs in a dictionary, which is only read."""
     session = local.session
     if session is not None:
         session._count_launch()

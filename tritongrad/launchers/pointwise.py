@@ -23,6 +23,10 @@ from ..op import Tensors
 from ..runtime import launch
 
 
+NARROW = INT32_MAX - k.DENSE_BLOCK
+"""Up to this many elements the dense kernel's offsets fit 32 bits."""
+
+
 def elementwise(
     function: Any,
     raw: int,
@@ -54,8 +58,9 @@ def elementwise(
             dense = False
     assert first is not None
     compute = COMPUTE_DTYPE[result]
-    if compute is torch.float64 or consts or scalars:
+    if scalars:
         scalars = tuple([v if v is None else encode(v, compute) for v in scalars])
+    if consts:
         consts = tuple([encode(v, compute) for v in consts])
     if not dense:
         return _strided(
@@ -80,7 +85,7 @@ def elementwise(
             RAW=raw,
             RESULT=TRITON_DTYPE[result],
             COMPUTE=TRITON_DTYPE[compute],
-            WIDE=n > INT32_MAX - k.DENSE_BLOCK,
+            WIDE=n > NARROW,
             BLOCK=k.DENSE_BLOCK,
         )
     return outs

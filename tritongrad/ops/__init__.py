@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from . import matmul as matmul
 from . import pointwise as pointwise
+from . import reduction as reduction
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,52 @@
+"""``python -m compare [COMMAND] ...``, which is ``tritongrad compare [COMMAND] ...``.
+
+From the root of a checkout this file runs outside of the package, so it imports nothing relatively:
+each command's module is found in ``tritongrad.compare``, where it exists once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "static": ("tritongrad.compare.static", "compile every kernel for GPUs that are not here"),
+    "host": ("tritongrad.compare.host", "time what a call costs beside its kernels"),
+    "ops": ("tritongrad.compare.contract", "what each op promises"),
+    "doctor": ("tritongrad.doctor", "what this machine has, and what is wrong with it"),
+}
+"""Command -> module whose ``main(arguments)`` it is, and what it does."""
+
+DEFAULT = "tritongrad.compare.correctness"
+
+# Optional dependencies, all of which the extra `compare` brings.
+EXTRA = ("matplotlib", "numpy", "rich")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Hand the command line over to a command's module; without a command, compare with torch."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    module = DEFAULT
+    if arguments and arguments[0] in COMMANDS:
+        module, _ = COMMANDS[arguments.pop(0)]
+    elif arguments and not arguments[0].startswith("-"):
+        commands = "\n".join(f"  {name:<8} {about}" for name, (_, about) in COMMANDS.items())
+        print(
+            f"compare: no command is named {arguments[0]!r}. Commands:\n{commands}\n"
+            "and without one: the document's examples and every op, compared with torch",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        command = importlib.import_module(module)
+    except ModuleNotFoundError as problem:
+        if problem.name is None or problem.name.partition(".")[0] not in EXTRA:
+            raise
+        print(f"compare needs {problem.name}: pip install tritongrad[compare]", file=sys.stderr)
+        return 2
+    return command.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Parity: every op's samples on our kernels and on the torch function that the op replaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritongrad.op import Op
+from tritongrad.sampling import Random, Sample, clone, tensors
+
+from .measure import Derivation, Errors, calling, compare, leaves
+from .terminal import dtype_name
+
+DTYPES = (torch.float64, torch.float32)
+
+
+def check(op: Op, sample: Sample, dtype: torch.dtype) -> Errors:
+    """Run ``sample``, made in ``dtype``, on ``op`` through ``use()``, and on torch.
+
+    Compared are the value and, for a differentiable op, gradient, gradient of the gradient and
+    forward mode.
+    """
+    torch_function = op.replaces[0]
+    exact = None
+    if dtype != torch.float64:
+        wide = _in_float64(sample)
+        exact = Derivation(calling(torch_function, wide), tensors(wide), dtype)
+    inputs, clones = leaves(sample), tensors(clone(sample))
+    return compare(calling(torch_function, sample), inputs, clones, exact, op.max_order)
+
+
+def _in_float64(sample: Sample) -> Sample:
+    """The call with the same values in float64."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return torch.float64
+        if type(value) in (list, tuple):
+            return type(value)(map(widen, value))
+        return value
+
+    kwargs = {name: widen(value) for name, value in sample.kwargs.items()}
+    return Sample(tuple(map(widen, sample.args)), kwargs, sample.note)
+
+
+def check_all(op: Op, device: str = "cpu") -> Errors:
+    """``check`` on every sample of ``op`` in float64 and float32, taken together."""
+    total = Errors()
+    if op.samples is None:
+        total.problems.append("no samples")
+        return total
+    for dtype in DTYPES:
+        for sample in op.samples(Random(dtype, device)):
+            about = f"{dtype_name(dtype)}, {sample.note or 'unnamed sample'}"
+            try:
+                total.merge(check(op, sample, dtype), about)
+            except Exception as problem:
+                # torch itself refuses the call: the sample is wrong, and the next may be right.
+                total.problems.append(f"{about}: {type(problem).__name__}: {problem}")
+    if not total.forward_kernels:
+        total.problems.append("forward launches no Triton kernel")
+    if op.backward is not None and not total.backward_kernels:
+        total.problems.append("backward launches no Triton kernel")
+    return total

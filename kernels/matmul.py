@@ -1,0 +1,84 @@
+"""Matrix products.
+
+c[i, m, n] = sum_k a[i, m, k] * b[i, k, n] (+ bias[n]), for every index i of the batch; the
+gradients, da = dc b^T and db = a^T dc, are products of the same kind. Every operand is read through
+its own strides: a transpose is two strides exchanged, a broadcast is a stride of 0.
+"""
+
+import triton
+import triton.language as tl
+
+# Rows of tiles that run together: they share the columns of b in L2 while these are there.
+GROUP = tl.constexpr(8)
+
+# The interpreter's dot reads the bits of bfloat16 as integers. Products of two bfloat16 are exact
+# in float32, so there the cast changes nothing else.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def tile_in_group(tile, tiles_m, tiles_n):
+    """Row and column of a tile: down the rows of a group first, then on to the next column."""
+    width = GROUP * tiles_n
+    first = tile // width * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return first + tile % width % height, tile % width // height
+
+
+@triton.jit
+def gemm(
+    c_ptr, a_ptr, b_ptr, bias_ptr, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, batch_shape, a_batch_strides, b_batch_strides,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of one c, which is dense. `batch_shape` is innermost first, as the batch strides are.
+
+    Tiles at the edges are masked. That costs no vector access: a bound that is not divisible by 16
+    is the length of rows that begin at unaligned addresses anyway.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    batch = program // (tiles_m * tiles_n)
+    tile_m, tile_n = tile_in_group(program % (tiles_m * tiles_n), tiles_m, tiles_n)
+
+    rest = batch.to(tl.int64)
+    c_ptr += rest * M * N
+    for d in tl.static_range(len(batch_shape)):
+        index = rest % batch_shape[d]
+        rest = rest // batch_shape[d]
+        a_ptr += index * a_batch_strides[d]
+        b_ptr += index * b_batch_strides[d]
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    step = BLOCK_K
+    if WIDE:
+        m, n, k = m.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
+        step = tl.full((), BLOCK_K, tl.int64)
+    a_ptrs = a_ptr + (m[:, None] * stride_am + k[None, :] * stride_ak)
+    b_ptrs = b_ptr + (k[:, None] * stride_bk + n[None, :] * stride_bn)
+    in_a = (m < M)[:, None]
+    in_b = (n < N)[None, :]
+
+    ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=in_a, other=0)
+            b = tl.load(b_ptrs, mask=in_b, other=0)
+        else:
+            a = tl.load(a_ptrs, mask=in_a & (k < K - start)[None, :], other=0)
+            b = tl.load(b_ptrs, mask=in_b & (k < K - start)[:, None], other=0)
+        if _INTERPRETED and a.dtype == tl.bfloat16:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        a_ptrs += step * stride_ak
+        b_ptrs += step * stride_bk
+
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(ACC)[None, :]
+    c_ptrs = c_ptr + (m[:, None] * N + n[None, :])
+    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)

@@ -1,0 +1,72 @@
+"""Scenarios: what a user does with a function and its inputs, done on an op and on native torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from support import DEVICE, Call, Tolerance, assert_same, calls, floats, random_like
+from torch import Tensor
+
+from tritongrad import runtime
+from tritongrad.op import OPS
+
+Scenario = Callable[[Callable[..., Any], Sequence[Tensor]], Any]
+
+# A sum of second derivatives of a few hundred elements: their rounding adds up.
+SUMMED = Tolerance(1e-10, 1e-10)
+
+
+def small(name: str, dtype: torch.dtype = torch.float64, limit: int = 120) -> list[Call]:
+    """The op's samples that the interpreter runs quickly and that have something to derive."""
+    found = [c for c in calls(OPS[name], dtype) if sum(t.numel() for t in c.inputs) <= limit]
+    return [c for c in found if c.inputs]
+
+
+def agree(name: str, scenario: Scenario, tolerance: Tolerance | None = None) -> None:
+    """``scenario`` gives on the op what it gives on native torch, for every small sample."""
+    for call in small(name):
+        assert_same(
+            scenario(call.triton, call.inputs),
+            scenario(call.torch, call.inputs),
+            str(call),
+            tolerance=tolerance,
+        )
+
+
+def linked(value: Any) -> list[Tensor]:
+    """The results of a call that are on the graph."""
+    return [t for t in floats(value) if t.requires_grad]
+
+
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Any = None, **options: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``inputs``; random upstream gradients unless ``grads`` are given."""
+    grads = random_like(outputs) if grads is None else grads
+    if not any_graph(outputs):
+        return (None,) * len(inputs)
+    return torch.autograd.grad(outputs, inputs, grads, allow_unused=True, **options)
+
+
+def any_graph(values: Sequence[Tensor | None]) -> bool:
+    """Whether there is anything to differentiate."""
+    return any(v is not None and v.requires_grad for v in values)
+
+
+def square_sum(values: Sequence[Tensor | None]) -> Tensor:
+    """A scalar with a gradient everywhere; what carries no graph has no part in it."""
+    total = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for value in values:
+        if value is not None and value.requires_grad:
+            total = total + (value * value).sum()
+    return total
+
+
+def launches(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What ``run`` returns, and how many kernels it launches."""
+    seen: list[Any] = []
+    with runtime.observe(lambda kernel, grid, args, meta: seen.append(kernel)):
+        result = run()
+    return result, len(seen)

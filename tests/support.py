@@ -1,0 +1,314 @@
+"""What the suites share: the device, tolerances, samples as functions, comparison with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad as fwAD
+
+import tritongrad
+from tritongrad.function import torch_name
+from tritongrad.op import OPS, Op
+from tritongrad.runtime import INTERPRETED
+from tritongrad.sampling import Random, Sample
+from tritongrad.sampling import tensors as tensors_of
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+"""Where our kernels run on this machine."""
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Tolerance(NamedTuple):
+    """``|actual - expected| <= atol + rtol * |expected|``."""
+
+    rtol: float
+    atol: float
+
+
+TOLERANCE = {
+    torch.float64: Tolerance(1e-12, 1e-12),
+    torch.float32: Tolerance(1.3e-6, 1e-6),
+    torch.float16: Tolerance(1e-3, 1e-5),
+    torch.bfloat16: Tolerance(1.6e-2, 1e-5),
+}
+"""How far a result may be from native torch's, by its dtype.
+
+float32 and the halves have torch.testing's relative tolerances; its absolute ones (1e-5, and 1e-7
+for float64) are tightened, because a wrong small gradient must be seen. What is not listed
+(integers, bool) must be equal.
+"""
+
+
+def flatten(value: Any) -> list[Any]:
+    """The leaves of nested tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for part in value for leaf in flatten(part)]
+    return [value]
+
+
+def excess(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> float:
+    """Largest error in multiples of what is tolerated; infinite where one of the two is special
+    (NaN, infinite) and the other is not the same."""
+    a, e = actual.detach().double(), expected.detach().double()
+    same = (a == e) | (a.isnan() & e.isnan())
+    allowed = tolerance.atol + tolerance.rtol * e.abs()
+    ratio = torch.where(same, 0.0, (a - e).abs() / allowed)
+    ratio = torch.where(ratio.isnan() | (~same & ~e.isfinite()), torch.inf, ratio)
+    return ratio.max().item() if ratio.numel() else 0.0
+
+
+def assert_same(
+    actual: Any,
+    expected: Any,
+    what: str = "",
+    *,
+    exact: Callable[[], Any] | None = None,
+    tolerance: Tolerance | None = None,
+) -> None:
+    """Fail unless ``actual`` is what native torch gave: structure, shape, dtype, device, values.
+
+    Args:
+        what: what is compared, for the message.
+        exact: computes the same in float64. A result outside the table's tolerance passes if it is
+            nearer to this than native torch's: where values cancel, it is torch's own rounding that
+            exceeds the table.
+        tolerance: instead of the table's; the caller gives the reason in a comment.
+    """
+    ours, theirs = flatten(actual), flatten(expected)
+    assert len(ours) == len(theirs), f"{what}: {len(ours)} results, torch gives {len(theirs)}"
+    for i, (a, e) in enumerate(zip(ours, theirs, strict=True)):
+        where = f"{what}[{i}]" if len(ours) > 1 else what
+        if not isinstance(e, Tensor):
+            assert (type(a), a) == (type(e), e), f"{where}: {a!r}, torch gives {e!r}"
+            continue
+        assert isinstance(a, Tensor), f"{where}: {a!r}, torch gives a tensor"
+        for attribute in ("shape", "dtype", "device"):
+            mine, torchs = getattr(a, attribute), getattr(e, attribute)
+            assert mine == torchs, f"{where}: {attribute} {mine}, torch gives {torchs}"
+        allowed = tolerance or TOLERANCE.get(e.dtype, Tolerance(0.0, 0.0))
+        over = excess(a, e, allowed)
+        if over > 1 and exact is not None:
+            truth = flatten(exact())[i]
+            over = min(over, excess(a, truth, allowed) / max(excess(e, truth, allowed), 1.0))
+        assert over <= 1, f"{where}: error is {over:.3g} times the tolerance\n{a}\ntorch: {e}"
+
+
+def assert_as_accurate(
+    actual: Any,
+    native: Any,
+    exact: Any,
+    what: str = "",
+    *,
+    roundings: int = 1,
+    scale: Sequence[Tensor] | None = None,
+) -> None:
+    """The rule for float16 and bfloat16: each element's error against the float64 result is no
+    larger than native torch's, plus one rounding, because torch's may fall on the right side by luck.
+
+    Args:
+        roundings: more than one where a rounded result is an input of the formula.
+        scale: magnitude that a rounding is relative to where it is not that of the exact result:
+            the sum of the terms' magnitudes, if they cancel.
+    """
+    results = zip(flatten(actual), flatten(native), flatten(exact), strict=True)
+    for i, (a, n, e) in enumerate(results):
+        if not isinstance(n, Tensor) or not n.is_floating_point():
+            assert_same(a, n, f"{what}[{i}]")
+            continue
+        assert (a.dtype, a.shape) == (n.dtype, n.shape), f"{what}: {a.dtype}{list(a.shape)}"
+        info = torch.finfo(n.dtype)
+        ours, theirs, truth = (t.detach().double() for t in (a, n, e))
+        size = truth.abs() if scale is None else scale[i]
+        # Half the spacing of numbers; that of subnormals is the same everywhere.
+        rounding = info.eps / 2 * (1 + info.eps) * size + info.smallest_normal * info.eps / 2
+        fine = (ours == theirs) | (ours == truth.to(n.dtype)) | (ours.isnan() & theirs.isnan())
+        fine |= (ours - truth).abs() <= (theirs - truth).abs() + roundings * rounding
+        assert fine.all(), (
+            f"{what}[{i}]: further from the float64 result than native torch and {roundings} "
+            f"rounding\nours {ours[~fine]}\ntorch {theirs[~fine]}\nfloat64 {truth[~fine]}"
+        )
+
+
+class Call:
+    """A sample as a function of the inputs that it is differentiated by.
+
+    Attributes:
+        op: the op that takes the call.
+        sample: the arguments.
+        func: the torch callable, by default the op's first.
+        inputs: leaves that require a gradient, with the values and strides of the sample's.
+    """
+
+    def __init__(self, op: Op, sample: Sample, func: Callable[..., Any] | None = None) -> None:
+        self.op = op
+        self.func = func or op.replaces[0]
+        self.sample = sample
+        # A dictionary, because a tensor may be two arguments of one call.
+        originals = {id(t): t for t in tensors_of(sample) if t.requires_grad}
+        self._originals = list(originals)
+        self.inputs = [t.detach().requires_grad_() for t in originals.values()]
+
+    def __repr__(self) -> str:
+        def show(value: Any) -> str:
+            if isinstance(value, Tensor):
+                return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            return repr(value)
+
+        parts = [*map(show, self.sample.args)]
+        parts += [f"{name}={show(value)}" for name, value in self.sample.kwargs.items()]
+        note = f" ({self.sample.note})" if self.sample.note else ""
+        return f"{torch_name(self.func)}({', '.join(parts)}){note}"
+
+    def arguments(self, inputs: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """Positional and keyword arguments of the call with other ``inputs``."""
+        new = dict(zip(self._originals, inputs, strict=True))
+
+        def swap(value: Any) -> Any:
+            if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+                return type(value)(swap(v) for v in value)
+            return new.get(id(value), value)
+
+        args, kwargs, _ = self.sample
+        return tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}
+
+    def torch(self, *inputs: Tensor) -> Any:
+        """The call on native torch."""
+        args, kwargs = self.arguments(inputs)
+        return self.func(*args, **kwargs)
+
+    def triton(self, *inputs: Tensor) -> Any:
+        """The same call of torch's function, rerouted; fails if it did not run on the op."""
+        args, kwargs = self.arguments(inputs)
+        with tritongrad.use() as session:
+            result = self.func(*args, **kwargs)
+        assert session.ran[self.op.name], f"on torch: {dict(session.fell_back)}"
+        return result
+
+    def double(self) -> Call:
+        """The same call in float64: the truth that lower precision is measured against."""
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.detach().double().requires_grad_(value.requires_grad)
+            if isinstance(value, torch.dtype) and value.is_floating_point:
+                return torch.float64
+            if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+                return type(value)(map(widen, value))
+            return value
+
+        args, kwargs, note = self.sample
+        wide = Sample(tuple(map(widen, args)), {n: widen(v) for n, v in kwargs.items()}, note)
+        return Call(self.op, wide, self.func)
+
+
+def calls(op: Op, dtype: torch.dtype = torch.float64) -> list[Call]:
+    """The op's own samples in ``dtype``."""
+    assert op.samples is not None, f"op {op.name!r} has no samples"
+    return [Call(op, sample) for sample in op.samples(Random(dtype, DEVICE))]
+
+
+class Derivatives(NamedTuple):
+    """What a function and its derivatives are at one point, in directions that a seed decides.
+
+    ``second`` is the derivative of the gradient by inputs and upstream gradients; ``attached`` says
+    which gradients can be differentiated further.
+    """
+
+    value: Any
+    gradient: list[Tensor | None]
+    attached: list[bool]
+    second: list[Tensor | None]
+    tangents: list[Tensor | None]
+
+
+def derivatives(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    second: bool = True,
+    forward: bool = True,
+) -> Derivatives:
+    """Evaluate ``function`` with its derivatives.
+
+    Args:
+        dtype: what upstream gradients, directions and tangents are rounded to, so that they are the
+            same in a float64 evaluation of a call in less.
+        second: whether to take the derivative of the gradient.
+        forward: whether to take forward-mode derivatives.
+    """
+    value = function(*inputs)
+    outputs = [t for t in floats(value) if t.requires_grad]
+    if not outputs:
+        return Derivatives(value, [], [], [], [])
+    upstream = [g.requires_grad_(second) for g in random_like(outputs, 1, dtype)]
+    gradient = torch.autograd.grad(
+        outputs, inputs, upstream, create_graph=second, allow_unused=True
+    )
+    attached = [g is not None and g.requires_grad for g in gradient]
+    linked = [g for g in gradient if g is not None and g.requires_grad]
+    found: Sequence[Tensor | None] = ()
+    if linked:
+        directions = random_like(linked, 2, dtype)
+        found = torch.autograd.grad(linked, [*inputs, *upstream], directions, allow_unused=True)
+    found_tangents = tangents(function, inputs, dtype) if forward else []
+    return Derivatives(value, list(gradient), attached, list(found), found_tangents)
+
+
+def tangents(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    only: int | None = None,
+) -> list[Tensor | None]:
+    """Forward-mode derivatives of the floating outputs, in every input's direction or in one's."""
+    directions = random_like(inputs, 3, dtype)
+    with fwAD.dual_level():
+        duals = [
+            fwAD.make_dual(t.detach(), d) if only in (None, i) else t.detach()
+            for i, (t, d) in enumerate(zip(inputs, directions, strict=True))
+        ]
+        return [fwAD.unpack_dual(t).tangent for t in floats(function(*duals))]
+
+
+def tangent_terms(
+    function: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Sum over the inputs of the magnitudes of what each contributes to the tangents."""
+    terms = [tangents(function, inputs, dtype, only=i) for i in range(len(inputs))]
+    return [
+        sum((t.abs() for t in column if t is not None), start=torch.zeros(()))
+        for column in zip(*terms, strict=True)
+    ]
+
+
+def names(ops: Iterable[Op]) -> list[str]:
+    """Names of ops, for ``pytest.mark.parametrize``."""
+    return [op.name for op in ops]
+
+
+ALL = names(OPS.values())
+"""Names of all ops."""
+
+DIFFERENTIABLE = names(op for op in OPS.values() if op.differentiable)
+"""Names of the ops that have derivatives."""
+
+
+def floats(value: Any) -> list[Tensor]:
+    """The differentiable outputs among the results of a call."""
+    return [t for t in flatten(value) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def random_like(
+    values: Sequence[Tensor], seed: int = 0, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Dense, normally distributed tensors like ``values``, rounded to ``dtype`` on the way."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(v.shape, dtype=torch.float64, generator=generator).to(dtype).to(v)
+        for v in values
+    ]

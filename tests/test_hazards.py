@@ -1,0 +1,394 @@
+"""Hazards of derivatives: how a backward pass goes wrong in silence. Every test walks OPS.
+
+The tests' numbers are those of the project's list of hazards, which each docstring restates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from scenarios import SUMMED, agree, gradients, launches, linked, small, square_sum
+from support import ALL, DIFFERENTIABLE, Call, Tolerance, assert_same, floats, random_like
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import tritongrad
+from tritongrad.op import OPS
+
+each_op = pytest.mark.parametrize("name", DIFFERENTIABLE)
+
+# ------------------------------------------------------------------- 1: upstream gradients' layout
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda g: (
+        g.flatten()[:1].reshape([1] * g.dim()).expand(g.shape) if g.numel() else g
+    ),
+    "transposed": lambda g: g.movedim(0, -1).contiguous().movedim(-1, 0) if g.dim() else g,
+    "slice of a cat": lambda g: torch.cat([g + 1, g], -1)[..., g.shape[-1] :] if g.dim() else g,
+    "every other": lambda g: torch.stack([g, g + 1], -1).flatten(-2)[..., ::2] if g.dim() else g,
+    "stride 0 rows": lambda g: g[..., :1].expand(g.shape) if g.dim() and g.shape[-1] else g,
+    "offset by one": lambda g: torch.cat([g.new_ones(1), g.flatten()])[1:].view(g.shape),
+    "negated lazily": torch._neg_view,
+    "zero tensor": lambda g: torch._efficientzerotensor(g.shape, dtype=g.dtype, device=g.device),
+}
+
+
+@each_op
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_layout(name: str, layout: str) -> None:
+    """1: an upstream gradient of any layout is read where its elements are."""
+
+    def scenario(f, inputs):
+        outputs = linked(f(*inputs))
+        return gradients(outputs, inputs, [LAYOUTS[layout](g) for g in random_like(outputs)])
+
+    agree(name, scenario)
+
+
+@each_op
+def test_gradient_from_sum_and_view(name: str) -> None:
+    """1: the gradients that sum (stride 0), slicing and stacking send, twice differentiated."""
+
+    def scenario(f, inputs):
+        outputs = linked(f(*inputs))
+        loss = sum(
+            out.sum() * 3 + torch.stack([out, out])[0].flatten()[::2].sum() for out in outputs
+        )
+        first = gradients([loss], inputs, create_graph=True)
+        return first, gradients([square_sum(first) + loss], inputs)
+
+    agree(name, scenario, SUMMED)
+
+
+# ------------------------------------------------------------ 2, 3: more than one backward pass
+
+
+@each_op
+def test_gradient_penalty(name: str) -> None:
+    """2: ``(L + |dL/dx|^2).backward()``: the first gradient does not come back detached."""
+
+    def scenario(f, inputs):
+        outputs = linked(f(*inputs))
+        loss = square_sum(outputs)
+        first = gradients([loss], inputs, create_graph=True)
+        attached = [g is not None and g.requires_grad for g in first]
+        return attached, first, gradients([loss + square_sum(first)], inputs)
+
+    agree(name, scenario, SUMMED)
+
+
+@each_op
+def test_third_order(name: str) -> None:
+    """2: the third derivative, where the op promises it."""
+    if (OPS[name].max_order or 3) < 3:
+        pytest.skip(f"{name} goes to order {OPS[name].max_order}")
+
+    def scenario(f, inputs):
+        first = gradients([square_sum(linked(f(*inputs)))], inputs, create_graph=True)
+        second = gradients([square_sum(first)], inputs, create_graph=True)
+        return gradients([square_sum(second)], inputs)
+
+    # Three sums over squares of squares: relative error grows with each.
+    agree(name, scenario, Tolerance(1e-9, 1e-9))
+
+
+@each_op
+def test_functional_hessian(name: str) -> None:
+    """2: ``autograd.functional.hessian`` is not zero where torch's is not."""
+    call = small(name)[0]
+
+    def hessian(f):
+        def loss(*inputs):
+            return sum((out * out).sum() for out in floats(f(*inputs)))
+
+        return torch.autograd.functional.hessian(loss, tuple(call.inputs))
+
+    assert_same(hessian(call.triton), hessian(call.torch), name, tolerance=SUMMED)
+
+
+@each_op
+def test_second_backward_with_another_scale(name: str) -> None:
+    """3: ``retain_graph=True`` and a second backward that scales differently."""
+
+    def scenario(f, inputs):
+        outputs = linked(f(*inputs))
+        grads = random_like(outputs)
+        first = gradients(outputs, inputs, grads, retain_graph=True)
+        second = gradients(outputs, inputs, [-2.5 * g for g in grads], retain_graph=True)
+        return first, second, gradients(outputs, inputs, grads)
+
+    agree(name, scenario)
+
+
+@each_op
+def test_used_twice(name: str) -> None:
+    """3: ``f(x) + f(x)``, and ``f(x) + x`` where the shapes allow it; gradients accumulate."""
+
+    def scenario(f, inputs):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        once, again = linked(f(*leaves)), linked(f(*leaves))
+        joined = [a + b for a, b in zip(once, again, strict=True)]
+        joined += [out + x for out in once for x in leaves if x.shape == out.shape]
+        torch.autograd.backward(joined, random_like(joined), retain_graph=True)
+        torch.autograd.backward(joined, random_like(joined, seed=1))
+        return [x.grad for x in leaves]
+
+    agree(name, scenario)
+
+
+# ------------------------------------------------------------------------ 4: nothing is overwritten
+
+
+def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().contiguous().view(torch.uint8).clone() if t.dim() else t.detach().clone()
+            for t in tensors]  # fmt: skip
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_nothing_overwritten(name: str, dtype: torch.dtype) -> None:
+    """4: inputs, saved tensors and incoming gradients keep their bits."""
+    for call in small(name, dtype):
+        saved: list[Tensor] = []
+        with saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            outputs = linked(call.triton(*call.inputs))
+        grads = [g.requires_grad_() for g in random_like(outputs)]
+        watched = [*call.inputs, *outputs, *grads, *saved]
+        before = bits(watched)
+        first = gradients(outputs, call.inputs, grads, create_graph=True)
+        present = [g for g in first if g is not None and g.requires_grad]
+        watched += present
+        before += bits(present)
+        if present:
+            gradients(present, [*call.inputs, *grads])
+        assert all(map(torch.equal, before, bits(watched))), str(call)
+
+
+@each_op
+def test_saved_tensor_modified(name: str) -> None:
+    """4: what was saved and then changed in place raises torch's version error; what torch does
+    not save is ours to change too, and the gradient is that of the values at the call."""
+
+    def attempt(f: Callable[..., Any], inputs: Sequence[Tensor], which: int) -> Any:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        fresh = [x * 1 for x in leaves]
+        outputs = linked(f(*fresh))
+        expected = gradients(outputs, leaves, retain_graph=True)
+        with torch.no_grad():
+            (*fresh, *outputs)[which].mul_(2)
+        try:
+            return expected, gradients(outputs, leaves)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            return expected, None
+
+    for call in small(name):
+        for which in range(len(call.inputs) + len(linked(call.torch(*call.inputs)))):
+            where = f"{call}, tensor {which}"
+            _, native = attempt(call.torch, call.inputs, which)
+            expected, found = attempt(call.triton, call.inputs, which)
+            if found is not None:
+                assert_same(found, expected, where)
+            else:
+                assert native is None, f"{where}: torch lets this tensor be changed"
+
+
+# -------------------------------------------------------------------- 5: what is needed, no more
+
+
+def stored(f: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Any, int]:
+    """The results of a call, and how many bytes it keeps for backward beyond its inputs."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        outputs = f(*inputs)
+    return outputs, sum(t.numel() * t.element_size() for t in kept.values())
+
+
+@each_op
+def test_each_input_alone(name: str) -> None:
+    """5: each input that requires a gradient gets it, whichever others do; what no gradient needs
+    is neither saved nor computed."""
+    for call in small(name):
+        _, everything = launches(partial(gradients, linked(call.triton(*call.inputs)), call.inputs))
+        for i in range(len(call.inputs)):
+            inputs = [x.detach().requires_grad_(i == j) for j, x in enumerate(call.inputs)]
+            where = f"{call}, input {i}"
+            theirs, their_bytes = stored(call.torch, inputs)
+            ours, our_bytes = stored(call.triton, inputs)
+            assert our_bytes <= their_bytes, f"{where}: saves {our_bytes}, torch {their_bytes}"
+            found, count = launches(partial(gradients, linked(ours), inputs[i : i + 1]))
+            assert_same(found, gradients(linked(theirs), inputs[i : i + 1]), where)
+            assert count <= everything, f"{where}: {count} launches alone, {everything} for all"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_saved_without_grad(name: str) -> None:
+    """5: no_grad and inference_mode save nothing, build no graph, and give the same numbers; nor
+    does a call none of whose inputs requires a gradient."""
+    for call in small(name):
+        detached = [x.detach() for x in call.inputs]
+        expected = call.torch(*detached)
+        for guard, inputs in (
+            (torch.no_grad, call.inputs),
+            (torch.inference_mode, call.inputs),
+            (torch.enable_grad, detached),
+        ):
+            with guard():
+                outputs, kept = stored(call.triton, inputs)
+            assert kept == 0, f"{name}: {guard.__name__} saves {kept} bytes"
+            assert not any(isinstance(t, Tensor) and t.requires_grad for t in floats(outputs))
+            with torch.inference_mode():
+                assert_same(outputs, expected, str(call))
+
+
+# ----------------------------------------------------------------------------- 8: autograd's habits
+
+
+@each_op
+def test_hooks(name: str) -> None:
+    """8: hooks on inputs, results and graph nodes are called and may replace gradients."""
+
+    def scenario(f, inputs):
+        seen: list[Tensor] = []
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        outputs = linked(f(*leaves))
+        for t in (*leaves, *outputs):
+            t.register_hook(lambda g: seen.append(g.clone()) or g * 2)
+        for out in outputs:
+            out.grad_fn.register_prehook(lambda grads: tuple([g + 1 for g in grads]))
+            out.retain_grad()
+        torch.autograd.backward(outputs, random_like(outputs))
+        return [t.grad for t in (*leaves, *outputs)], sorted(seen, key=lambda t: t.double().sum())
+
+    agree(name, scenario)
+
+
+@each_op
+def test_views_detach_and_late_requires_grad(name: str) -> None:
+    """8: inputs that are views, results that are viewed, detached or set to require a gradient."""
+
+    def scenario(f, inputs):
+        bases = [torch.stack([x.detach(), x.detach()]).requires_grad_() for x in inputs]
+        outputs = linked(f(*[b[1] for b in bases]))
+        viewed = [out.unsqueeze(0).flatten() for out in outputs]
+        cut = [out.detach().requires_grad_() for out in outputs]
+        late = [out.sin() for out in cut]
+        return gradients([*viewed, *late], [*bases, *cut]), [out.detach() for out in outputs]
+
+    agree(name, scenario)
+
+
+@each_op
+def test_anomaly_mode(name: str) -> None:
+    """8: anomaly mode changes nothing."""
+
+    def scenario(f, inputs):
+        with torch.autograd.detect_anomaly(check_nan=False):
+            first = gradients(linked(f(*inputs)), inputs, create_graph=True)
+            return first, gradients([square_sum(first)], inputs)
+
+    with pytest.warns(UserWarning, match="Anomaly Detection has been enabled"):
+        agree(name, scenario, SUMMED)
+
+
+@each_op
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpoint(name: str, reentrant: bool) -> None:
+    """8: both kinds of checkpoint, backward inside ``use()`` so that both passes meet our ops."""
+    for call in small(name)[:3]:
+        again = 0
+
+        def square(*inputs: Tensor, call: Call = call) -> Tensor:
+            nonlocal again
+            again += 1
+            args, kwargs = call.arguments(inputs)
+            return square_sum(floats(call.func(*args, **kwargs)))
+
+        expected = gradients(
+            [square(*call.inputs)], call.inputs, torch.ones((), dtype=torch.float64)
+        )
+        again = 0
+        with tritongrad.use() as session:
+            loss = checkpoint(square, *call.inputs, use_reentrant=reentrant)
+            loss.backward()
+        assert session.ran[name] >= again >= 1
+        assert not any(func.endswith(call.func.__name__) for func, _ in session.fell_back)
+        assert_same([x.grad for x in call.inputs], expected, str(call))
+
+
+@each_op
+def test_freed_graph(name: str) -> None:
+    """8: a second backward through a freed graph raises torch's error, where torch's does."""
+
+    def attempt(f, inputs):
+        outputs = linked(f(*inputs))
+        gradients(outputs, inputs)
+        return gradients(outputs, inputs)
+
+    for call in small(name):
+        try:
+            expected = attempt(call.torch, call.inputs)
+        except RuntimeError:
+            with pytest.raises(RuntimeError, match=r"second time|freed"):
+                attempt(call.triton, call.inputs)
+        else:
+            assert_same(attempt(call.triton, call.inputs), expected, name)
+
+
+@each_op
+def test_saved_tensors_hooks(name: str) -> None:
+    """8: saved tensors may be packed, moved and recomputed: twice differentiated."""
+
+    def scenario(f, inputs):
+        found = []
+        for hooks in (
+            save_on_cpu(),
+            saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t),
+            saved_tensors_hooks(lambda t: (t.cpu().numpy(), t.device), unpack),
+        ):
+            with hooks:
+                first = gradients(linked(f(*inputs)), inputs, create_graph=True)
+            found.append(first)
+        return found
+
+    def unpack(packed: Any) -> Tensor:
+        return torch.from_numpy(packed[0].copy()).to(packed[1])
+
+    def scenario_twice(f, inputs):
+        with save_on_cpu():
+            outputs = linked(f(*inputs))
+            first = gradients([square_sum(outputs)], inputs, create_graph=True)
+        return gradients([square_sum(first)], inputs)
+
+    agree(name, scenario)
+    agree(name, scenario_twice, SUMMED)
+
+
+# ------------------------------------------------------------------------------- 26: determinism
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_twenty_runs_same_bits(name: str) -> None:
+    """26: the forward and every gradient have the same bits in twenty runs."""
+    call = small(name)[-2 if len(small(name)) > 1 else 0]
+
+    def run() -> list[Tensor]:
+        outputs = call.triton(*call.inputs)
+        kept = [t for t in floats(outputs) if t.requires_grad]
+        first = gradients(kept, call.inputs) if kept else ()
+        return [t.clone() for t in (*floats(outputs), *first) if t is not None]
+
+    expected = run()
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))

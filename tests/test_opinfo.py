@@ -1,0 +1,115 @@
+"""Every op against native torch on all of torch's own samples (OpInfo), while it runs on Triton.
+
+torch's test suite keeps, for each of its operators, sample inputs and inputs that must be refused.
+An op names the entries that cover it, and all their samples are run here: values, gradients, second
+gradients and forward-mode derivatives, in every dtype, and every spelling of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    DEVICE,
+    Call,
+    Derivatives,
+    assert_as_accurate,
+    assert_same,
+    derivatives,
+    tangent_terms,
+)
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import OpInfo
+
+import tritongrad
+from tritongrad.op import OPS, Op
+from tritongrad.reroute import HARMLESS
+from tritongrad.runtime import Session
+from tritongrad.sampling import Sample
+
+EXPECTED_FALLBACKS = {}
+"""Reason with which a sample may run on torch -> why that is right."""
+
+INFOS: dict[str, OpInfo] = {
+    ".".join(filter(None, (info.name, info.variant_test_name))): info for info in op_db
+}
+ENTRIES = [(op.name, entry) for op in OPS.values() for entry in op.opinfo]
+
+
+def samples(entry: str, dtype: torch.dtype, requires_grad: bool) -> list[Sample]:
+    """The entry's samples as calls of torch's function."""
+    found = INFOS[entry].sample_inputs(DEVICE, dtype, requires_grad=requires_grad)
+    return [Sample((s.input, *s.args), s.kwargs, s.name) for s in found]
+
+
+def check_session(op: Op, session: Session) -> bool:
+    """Whether the op ran. Fails for any call that torch ran without a reason listed above."""
+    reasons = {r for _, r in session.fell_back if r not in HARMLESS}
+    unexpected = reasons - EXPECTED_FALLBACKS.keys()
+    assert not unexpected, f"on torch: {dict(session.fell_back)}"
+    assert session.ran[op.name] or reasons, f"{op.name} did not run: {session}"
+    return bool(session.ran[op.name])
+
+
+def rerouted(call: Call, sessions: list[Session]) -> Callable[..., Any]:
+    """The call inside ``use()``; what each session saw is appended to ``sessions``."""
+
+    def function(*inputs: Tensor) -> Any:
+        with tritongrad.use() as session:
+            result = call.torch(*inputs)
+        sessions.append(session)
+        return result
+
+    return function
+
+
+def both(op: Op, entry: str, dtype: torch.dtype) -> Iterator[tuple[Call, Derivatives, Derivatives]]:
+    """For each sample that runs on Triton: the call, what we compute, what torch computes."""
+    info = INFOS[entry]
+    orders = {
+        # Backward of a backward in half precision has no float64 reference of its own: the rounded
+        # gradient in between is an input of it.
+        "second": info.supports_gradgrad and dtype in (torch.float64, torch.float32),
+        "forward": info.supports_forward_ad,
+    }
+    on_triton = 0
+    for sample in samples(entry, dtype, info.supports_autograd):
+        call = Call(op, sample, info.op)
+        sessions: list[Session] = []
+        ours = derivatives(rerouted(call, sessions), call.inputs, dtype, **orders)
+        if min(map(partial(check_session, op), sessions)):
+            on_triton += 1
+            yield call, ours, derivatives(call.torch, call.inputs, dtype, **orders)
+    assert on_triton, "every sample ran on torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(("name", "entry"), ENTRIES)
+def test_derivatives_equal_torchs(name: str, entry: str, dtype: torch.dtype) -> None:
+    for call, ours, theirs in both(OPS[name], entry, dtype):
+
+        def exact(call: Call = call) -> Derivatives:
+            wide = call.double()
+            return derivatives(wide.torch, wide.inputs, dtype)
+
+        assert_same(ours, theirs, repr(call), exact=None if dtype is torch.float64 else exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(("name", "entry"), ENTRIES)
+def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype) -> None:
+    """HAZARDS 15."""
+    for call, ours, theirs in both(OPS[name], entry, dtype):
+        wide = call.double()
+        exact = derivatives(wide.torch, wide.inputs, dtype, second=False)
+        check = partial(assert_as_accurate, what=repr(call))
+        check(ours.value, theirs.value, exact.value)
+        # Derivatives may be formulas of the rounded result.
+        check(ours.gradient, theirs.gradient, exact.gradient, roundings=2)
+        terms = tangent_terms(wide.torch, wide.inputs, dtype)
+        check(ours.tangents, theirs.tangents, exact.tangents, roundings=2, scale=terms)
