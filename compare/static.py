@@ -11,27 +11,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from tritongrad.op import OPS
 
 from .disassembly import TARGETS, Code, Json, compile_all
 from .specialisations import Collection, Specialisation, cover, make_job
+from .terminal import add_json_option, dtype_name, make_console, tracked, write_json
 
-DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
+DTYPES = {dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 @dataclass(frozen=True)
@@ -155,20 +150,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="an op or a kernel")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
+    add_json_option(parser)
     parser.add_argument("--all", action="store_true", help="also what differs in alignment alone")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
 
-    # Not a terminal (a log, a file): wide enough that no signature is cut into pieces.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = make_console()
     collection = Collection()
     dtypes = [DTYPES[name] for name in options.dtype or ("float32", "bfloat16")]
-    quiet = not console.is_terminal
     only = set(options.only or ())
     # A name that is no op is a kernel's, and any op may launch it.
     ops = [OPS[name] for name in only] if only and only <= OPS.keys() else list(OPS.values())
-    for op in track(ops, "collecting", console=console, disable=quiet, transient=True):
+    for op in tracked(ops, "collecting", console):
         collection.add(op, dtypes)
     wanted = [s for s in collection.specialisations if not only or only & {s.kernel, *s.ops}]
     if not options.all:
@@ -177,13 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     triples = [(i, s, target) for i, s in enumerate(wanted) for target in targets]
     jobs = [make_job(s.description, target) for _, s, target in triples]
     compiling = compile_all(jobs, options.workers)
-    answers = dict(
-        track(compiling, "compiling", len(jobs), console=console, disable=quiet, transient=True)
-    )
+    answers = dict(tracked(compiling, "compiling", console, len(jobs)))
     rows = [judge(*triple, answers[index]) for index, triple in enumerate(triples)]
     present(rows, collection.problems, console)
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_json(options.json, [asdict(row) for row in rows])
     return 1 if collection.problems or any(row.faults for row in rows) else 0
 
 

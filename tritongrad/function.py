@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from . import runtime
+from . import library, runtime
 from .op import TARGETS, BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported
 from .runtime import local
 
@@ -98,7 +98,7 @@ def entry(op: Op, bind: Bind, func: Function) -> Function:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return call_compiled(op, bind, func, args, kwargs)
+            return library.call(op, func, args, kwargs)
         if _function_modes() and not local.bypass:
             # Called directly, not by a mode: what happens inside is not the user's torch code.
             with bypass():
@@ -284,7 +284,8 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
         params, specs, session = ctx.call
         kept = range(len(needs)) if saves is None else saves(params, needs)
         saved: list[Tensor | None] = [None] * (len(needs) + len(grads))
-        for i, t in zip(kept, ctx.saved_tensors, strict=True):
+        # A graph that holds nothing can be walked again after it was freed, as torch's own can.
+        for i, t in zip(kept, ctx.saved_tensors if kept else (), strict=True):
             saved[i] = t if t is None else _unwrap_if_dead(t)
         grads = tuple([g if g is None else _unwrap_if_dead(g) for g in grads[:public]])
         if all(g is None for g in grads):
@@ -518,7 +519,3 @@ def bypass() -> Iterator[None]:
         yield
     finally:
         local.bypass = previous
-
-
-def call_compiled(op: Op, func: Function, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)

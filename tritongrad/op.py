@@ -94,8 +94,10 @@ class Op:
         jvp: ``(params, tensors, outputs, tangents) -> tangents of the public outputs``.
         vmap: ``(info, params, tensors, dims) -> (outputs, out_dims)``.
         autocast: device type -> policy ("lower", "float32", "promote"), as torch's lists have it.
-        compiled: what ``torch.compile`` sees: "torch" (torch's op, so that Inductor can fuse it)
-            or "library" (a ``torch.library`` op around our kernels).
+        schema: torch.library schema of the public function, arguments in the order in which
+            ``bind`` returns its tensors, ``"(Tensor input, Tensor? bias=None) -> Tensor"``. With
+            one, ``torch.compile`` sees a library op around our kernels; without, torch's op, which
+            Inductor can fuse.
         opinfo: names of torch's OpInfo entries that cover it, ``name.variant`` for a variant.
         kernels: names of the Triton kernels that forward launches.
         formula: the derivative for a reader, one line.
@@ -122,7 +124,7 @@ class Op:
     jvp: Callable[[Any, Tensors, Tensors, Tensors], Any] | None = None
     vmap: Callable[..., tuple[Any, Any]] | None = None
     autocast: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    compiled: str = "torch"
+    schema: str | None = None
     opinfo: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     formula: str = ""
@@ -195,6 +197,10 @@ def register(op: Op) -> Op:
             raise ValueError(f"{target} is taken by op {TARGETS[target][0].name!r}")
     OPS[op.name] = op
     TARGETS.update({target: (op, bind) for target, bind in binds.items() if bind is not None})
+    if op.schema is not None:
+        from .library import define
+
+        define(op)
     return op
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .function import call_compiled, dispatch, torch_name
+from . import library
+from .function import dispatch, torch_name
 from .op import OPS, TARGETS, Op, select
 from .runtime import Session, local
 
@@ -88,7 +89,7 @@ class _Rerouting(TorchFunctionMode):
             target = TARGETS.get(func)
             if target is None or not takes(self.names, target[0]):
                 return func(*args, **kwargs)
-            return call_compiled(target[0], target[1], func, args, kwargs)
+            return library.call(target[0], func, args, kwargs)
         if local.bypass:
             return func(*args, **kwargs)
         if func in _BACKWARD and {Tensor, torch.nn.Parameter}.issuperset(types):
@@ -153,6 +154,10 @@ def _selection(only: Any, exclude: Any) -> frozenset[str] | None:
     return (frozenset(OPS) if only is None else select("only", only)) - left_out
 
 
+# The session of a `use()` inside compiled code, which counts nothing.
+_UNCOUNTED = Session()
+
+
 class use(ContextDecorator):
     """Run torch code on Triton kernels: ``with tritongrad.use(): ...`` or ``@tritongrad.use()``.
 
@@ -179,20 +184,29 @@ class use(ContextDecorator):
         self, only: str | Iterable[str] | None = None, exclude: str | Iterable[str] = ()
     ) -> None:
         self._names = _selection(only, exclude)
-        # One `use()` object decorating a function is entered again by recursion and by threads.
-        self._open = threading.local()
+        # One `use()` object decorating a function is entered again by recursion, and by threads.
+        self._open: dict[int, list[tuple[_Rerouting, Session | None]]] = {}
+        self._traced: list[_Rerouting] = []
 
     def __enter__(self) -> Session:
+        if torch.compiler.is_compiling():
+            # A compiler traces this: it sees the mode; there is nothing to count.
+            mode = _Rerouting(_UNCOUNTED, self._names)
+            mode.__enter__()
+            self._traced.append(mode)
+            return _UNCOUNTED
         session = Session(local.session)
         mode = _Rerouting(session, self._names)
         mode.__enter__()
-        stack = self._open.__dict__.setdefault("stack", [])
-        stack.append((mode, local.session))
+        self._open.setdefault(threading.get_ident(), []).append((mode, local.session))
         local.session = session
         return session
 
     def __exit__(self, *exception: Any) -> None:
-        mode, local.session = self._open.stack.pop()
+        if torch.compiler.is_compiling():
+            self._traced.pop().__exit__(None, None, None)
+            return
+        mode, local.session = self._open[threading.get_ident()].pop()
         mode.__exit__(*exception)
 
 

@@ -495,7 +495,7 @@ LINEAR = register(
         jvp=_linear_jvp,
         vmap=_linear_vmap,
         autocast=_LOWER,
-        compiled="library",
+        schema="(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
         opinfo=("nn.functional.linear",),
         kernels=_GEMM,
         formula="dx = g @ w; dw = g.T @ x; db = sum of g over rows",

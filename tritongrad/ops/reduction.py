@@ -323,8 +323,8 @@ def _samples(low: float = -2.0) -> Callable[[Make], Iterator[Sample]]:
 
 
 def _total_samples(make: Make) -> Iterator[Sample]:
-    yield from _samples()(make)
     yield Sample((make(3, 0),), {"dim": 1}, "of nothing")
+    yield from _samples()(make)
     yield Sample((make(3, 5),), {"dim": 1, "dtype": torch.float64}, "dtype")
 
 
@@ -490,6 +490,9 @@ def _norm_backward(
         count = _hits(k.absolute_hit, params, x, out)
         return _pointwise(k.norm_inf_bwd, (g, x, out, count), params.result, spec.dtype)
     compute = COMPUTE_DTYPE[params.result]
+    if compute is not params.result:
+        # out ** (p - 1) would multiply the rounding of a half precision result by p - 1.
+        out = _norm_forward(params._replace(keepdim=True, result=compute), x)
     scale = _pointwise(k.norm_scale, (g, out), compute, compute, (p,))
     return _pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
 
@@ -498,18 +501,19 @@ def _norm_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -
     if params.order == 0:
         return torch.zeros_like(out)
     # The gradient for g = 1 is the row of the Jacobian that the tangent meets.
-    specs = (Spec(x.shape, params.result),)
+    compute = COMPUTE_DTYPE[params.result]
+    specs = (Spec(x.shape, compute),)
     (row,) = vjp(op, params, (True,), specs, (torch.ones_like(out),), (x, out), own_level=1)
     assert row is not None
-    return _total(row * tangent, params, params.keepdim)
+    return _total(row * tangent, params, params.keepdim, compute).to(params.result)
 
 
 def _norm_samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make(3, 0), 3), {"dim": 1}, "of nothing")
     yield from _samples()(make)
-    for order in (0, 1, -math.inf, math.inf, 0.5, 1.5, 3, -1):
+    for order in (1, -math.inf, math.inf, 0.5, 1.5, 3, -1):
         yield Sample((make(3, 5), order), {"dim": 1}, f"order {order}")
     yield Sample((make(2, 3, 4), 3), {"dim": (0, 2), "keepdim": True}, "order 3, several dims")
-    yield Sample((make(3, 0), 3), {"dim": 1}, "of nothing")
     yield Sample((make(3, 1), 3), {"dim": 1}, "of one element")
     yield Sample((make(3, 5),), {"dim": 1, "dtype": torch.float64}, "dtype")
 

@@ -1,0 +1,158 @@
+"""Ops under ``torch.compile`` and ``torch.export``.
+
+Pointwise ops, reductions and plain products are handed back to torch: Inductor writes the fused
+Triton kernel itself. An op with a ``schema`` becomes a ``torch.library`` op around our kernels,
+with a second one for its backward. Transforms do not see into such an op, so torch's own operator
+stands in for it under one; where a forward-mode derivative reaches it all the same (a program that
+was exported), it raises instead of returning a zero tangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import runtime
+from .op import Op, Spec, Unsupported
+
+NAMESPACE = "tritongrad"
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def call(op: Op, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a compiler that is tracing shall see of ``func(*args, **kwargs)``. Traced itself."""
+    if op.schema is not None and func is op.replaces[0] and _eligible(args, kwargs):
+        return getattr(torch.ops.tritongrad, op.name)(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+@torch._dynamo.assume_constant_result
+def _transforming() -> bool:
+    # A constant of the trace: Dynamo guards on the transforms around it by itself.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _eligible(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a library op may stand for the call: types it takes, no transform around it."""
+    if _transforming():
+        return False
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    return all(
+        t.dtype in _FLOATING
+        and t.dtype == tensors[0].dtype
+        and t.device.type in runtime.DEVICE_TYPES
+        and not torch.is_autocast_enabled(t.device.type)
+        for t in tensors
+    )
+
+
+def define(op: Op) -> None:
+    """Define the library op of ``op``, which has a schema, and that of its backward."""
+    from .function import vjp
+
+    assert op.schema is not None and op.bind is not None
+    bind, native = op.bind, op.replaces[0]
+    name, backward_name = op.name, f"{op.name}_backward"
+    arguments = torch._C.parse_schema(f"{NAMESPACE}::{name}{op.schema}").arguments
+    plain = ", ".join(f"{_type_text(a)} {a.name}" for a in arguments)
+    _library.define(name + op.schema)
+    _library.define(
+        f"{backward_name}(Tensor[] grads, {plain}, Tensor[] outputs, bool[] needs) -> Tensor[]"
+    )
+    is_tensor = [_type_text(a).startswith("Tensor") for a in arguments]
+    forward_op = getattr(torch.ops.tritongrad, name).default
+    backward_op = getattr(torch.ops.tritongrad, backward_name).default
+
+    def forward(*args: Any) -> Any:
+        try:
+            tensors, params = bind(*args)
+        except Unsupported:
+            return native(*args)
+        result = op.forward(params, *tensors)
+        if type(result) is tuple:
+            result = result[: op.outputs]
+            return result[0] if op.outputs == 1 else result
+        return result
+
+    def backward(
+        grads: list[Tensor], *args_outputs_needs: Any
+    ) -> list[Tensor]:
+        *args, outputs, needs = args_outputs_needs
+        tensors, params = bind(*args)
+        specs = tuple(None if t is None else Spec(t.shape, t.dtype) for t in tensors)
+        found = vjp(op, params, tuple(needs), specs, tuple(grads), (*tensors, *outputs))
+        # Contiguous, as the fake kernel promises the compiler.
+        return [g.contiguous() for g in found if g is not None]
+
+    def fake_backward(grads: list[Tensor], *args_outputs_needs: Any) -> list[Tensor]:
+        *args, _, needs = args_outputs_needs
+        inputs = [a for a, tensor in zip(args, is_tensor, strict=True) if tensor]
+        return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = forward_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+            results = outputs if type(outputs) is tuple else (outputs,)
+            inputs = [a if tensor else None for a, tensor in zip(args, is_tensor, strict=True)]
+            ctx.save_for_backward(*inputs, *results)
+            ctx.rest = [None if tensor else a for a, tensor in zip(args, is_tensor, strict=True)]
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            saved, count = ctx.saved_tensors, len(is_tensor)
+            args = [
+                saved[i] if tensor else ctx.rest[i] for i, tensor in enumerate(is_tensor)
+            ]
+            wanted = ctx.needs_input_grad[1:]
+            needs = [w for w, tensor in zip(wanted, is_tensor, strict=True) if tensor]
+            found = iter(backward_op(list(grads), *args, list(saved[count:]), needs))
+            return (None, *[next(found) if want else None for want in wanted])
+
+    def autograd(keys: Any, *args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors
+        ):
+            raise NotImplementedError(
+                f"tritongrad::{name} is the compiled form of {name} and has no forward-mode "
+                "derivative; differentiate the function before compiling or exporting it"
+            )
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return Differentiable.apply(keys, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    def backward_autograd(keys: Any, *args: Any) -> list[Tensor]:
+        # Without this, what autograd records of it would be a detached gradient.
+        flat = [*args[0], *(a for a in args[1:] if isinstance(a, Tensor))]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
+            raise NotImplementedError(
+                f"tritongrad::{name} is the compiled form of {name} and has no second derivative; "
+                "call the function without torch.compile"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward_op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(name, forward, "CompositeExplicitAutograd")
+    _library.impl(backward_name, backward, "CompositeExplicitAutograd")
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    _library.impl(backward_name, backward_autograd, "Autograd", with_keyset=True)
+    # torch's own operator on fake tensors knows shape, dtype, strides and errors.
+    torch.library.register_fake(f"{NAMESPACE}::{name}", native, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{backward_name}", fake_backward, lib=_library)
+
+
+def _type_text(argument: Any) -> str:
+    """The type of a schema argument as a schema writes it."""
+    text = str(argument.type)
+    if text.startswith("Optional["):
+        return text.removeprefix("Optional[").removesuffix("]") + "?"
+    return text
