@@ -13,11 +13,13 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -60,7 +62,7 @@ class Contract:
 
 def contract(op: Op) -> Contract:
     """The contract of ``op``."""
-    names = dict.fromkeys(map(torch_name, (*op.replaces, *op.variants)))
+    names = dict.fromkeys(map(_public_name, (*op.replaces, *op.variants)))
     used = tuple(dict.fromkeys((*op.kernels, *op.backward_kernels)))
     orders = "any" if op.max_order is None else str(op.max_order)
     return Contract(
@@ -69,12 +71,18 @@ def contract(op: Op) -> Contract:
         orders=orders if op.differentiable else "none",
         jvp=op.differentiable and op.jvp is not None,
         vmap=op.vmap is not None or op.reference is not None,
-        compile=op.compiled,
+        compile="torch" if op.schema is None else "library",
         dtypes=tuple(sorted(map(dtype_name, op.dtypes), key=_by_kind_and_width)),
         deterministic=not any("atomic_" in kernel_files()[kernel] for kernel in used),
         kernels=used,
         derivative=op.formula,
     )
+
+
+def _public_name(function: Callable[..., Any]) -> str:
+    """``torch.mm``, although torch has it under ``torch.spmm`` too."""
+    name = getattr(function, "__name__", "")
+    return f"torch.{name}" if getattr(torch, name, None) is function else torch_name(function)
 
 
 def _by_kind_and_width(dtype: str) -> tuple[str, int, str]:
@@ -85,7 +93,7 @@ def _by_kind_and_width(dtype: str) -> tuple[str, int, str]:
 @cache
 def kernel_files() -> dict[str, str]:
     """Kernel -> source of the file that it is in."""
-    found = {}
+    found: dict[str, str] = {}
     for module_info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         module = importlib.import_module(module_info.name)
         source = inspect.getsource(module)

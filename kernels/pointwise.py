@@ -40,7 +40,7 @@ def numbers(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def operand(block, RAW: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr):
-    """A loaded block in the type it is computed in: torch first promotes it to the result's type."""
+    """A loaded block in the type to compute in; torch first promotes it to the result's type."""
     # With an `else`, because Triton also compiles what follows an `if` that has returned.
     if RAW:
         return block

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -36,6 +36,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_tracing = torch._C._is_tracing
 _any_autocast = torch._C._is_any_autocast_enabled
+
 
 def key_set(tensor: Tensor) -> int:
     """The dispatch key set of ``tensor`` as a number."""
@@ -116,8 +117,8 @@ def dispatch(
     kwargs: dict[str, Any],
     session: runtime.Session | None,
 ) -> Any:
-    """Run ``func(*args, **kwargs)`` on ``op`` if it can, else on torch; our modes are out of the way
-    already."""
+    """Run ``func(*args, **kwargs)`` on ``op`` if it can, else on torch. Our modes are out of the
+    way already."""
     try:
         if _dispatch_modes() or _is_tracing():
             # Tracers and fake tensors must see ATen operators, not our launches.
@@ -432,7 +433,8 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
         found = reference(params, *full)
         return tuple(found[i] for i in received)
 
-    primals = [tensors[i] for i in wanted]
+    primals: list[Any] = [tensors[i] for i in wanted]
+    found: Sequence[Tensor | None]
     if _functorch_active():
         with rules():
             _, pull = torch.func.vjp(outputs, *primals)
@@ -447,13 +449,16 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
             ]
             values = outputs(*primals)
             linked = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
-            found = torch.autograd.grad(
-                [v for v, _ in linked],
-                primals,
-                [c for _, c in linked],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+            # Nothing to go back through where the rule is constant (the sign's, for one).
+            found = [None] * len(wanted)
+            if linked:
+                found = torch.autograd.grad(
+                    [v for v, _ in linked],
+                    primals,
+                    [c for _, c in linked],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
     results = dict(zip(wanted, found, strict=True))
     return tuple(results.get(i) for i in range(len(needs)))
 
@@ -481,14 +486,25 @@ def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple
         return op.reference(params, *full)
 
     batched = torch.vmap(body, tuple(dims[i] for i in present), 0, randomness=info.randomness)
-    found = batched(*[tensors[i] for i in present])
+    values: list[Any] = [tensors[i] for i in present]
+    found = batched(*values)
     return found, (0,) * len(found)
 
 
-class _Rules(TorchFunctionMode):
-    """torch mathematics on our ops, inside derivative rules: never a user's choice."""
+class rules(TorchFunctionMode):
+    """Evaluate derivative rules: torch calls inside run on our ops, whatever mode is open."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+    def __enter__(self) -> rules:
+        self.previous, local.bypass = local.bypass, 0
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        local.bypass = self.previous
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         target = TARGETS.get(func)
         kwargs = kwargs or {}
         if target is None or local.bypass:
@@ -498,17 +514,6 @@ class _Rules(TorchFunctionMode):
             return dispatch(*target, func, args, kwargs, None)
         finally:
             local.bypass = 0
-
-
-@contextlib.contextmanager
-def rules() -> Iterator[None]:
-    """Evaluate derivative rules: torch calls inside run on our ops, whatever mode is open."""
-    previous, local.bypass = local.bypass, 0
-    try:
-        with _Rules():
-            yield
-    finally:
-        local.bypass = previous
 
 
 @contextlib.contextmanager

@@ -79,9 +79,7 @@ def define(op: Op) -> None:
             return result[0] if op.outputs == 1 else result
         return result
 
-    def backward(
-        grads: list[Tensor], *args_outputs_needs: Any
-    ) -> list[Tensor]:
+    def backward(grads: list[Tensor], *args_outputs_needs: Any) -> list[Tensor]:
         *args, outputs, needs = args_outputs_needs
         tensors, params = bind(*args)
         specs = tuple(None if t is None else Spec(t.shape, t.dtype) for t in tensors)
@@ -108,9 +106,7 @@ def define(op: Op) -> None:
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             saved, count = ctx.saved_tensors, len(is_tensor)
-            args = [
-                saved[i] if tensor else ctx.rest[i] for i, tensor in enumerate(is_tensor)
-            ]
+            args = [saved[i] if tensor else ctx.rest[i] for i, tensor in enumerate(is_tensor)]
             wanted = ctx.needs_input_grad[1:]
             needs = [w for w, tensor in zip(wanted, is_tensor, strict=True) if tensor]
             found = iter(backward_op(list(grads), *args, list(saved[count:]), needs))

@@ -191,7 +191,7 @@ def register(op: Op) -> Op:
     """
     if op.name in OPS:
         raise ValueError(f"an op named {op.name!r} is registered already")
-    binds = {target: op.bind for target in op.replaces} | dict(op.variants)
+    binds = dict.fromkeys(op.replaces, op.bind) | dict(op.variants)
     for target in binds:
         if target in TARGETS:
             raise ValueError(f"{target} is taken by op {TARGETS[target][0].name!r}")

@@ -17,7 +17,7 @@ class Sample(NamedTuple):
     """One call: ``func(*args, **kwargs)``; ``note`` says what it is there for."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {}  # noqa: RUF012  (read only, as all of a NamedTuple)
     note: str = ""
 
 

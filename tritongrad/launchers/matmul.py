@@ -92,7 +92,14 @@ def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...
 
 @lru_cache(maxsize=4096)
 def _configuration(
-    dtype: torch.dtype, precision: str, batch: int, m: int, n: int, k_: int, aligned: bool, wide: bool
+    dtype: torch.dtype,
+    precision: str,
+    batch: int,
+    m: int,
+    n: int,
+    k_: int,
+    aligned: bool,
+    wide: bool,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and constexprs of a product of these sizes."""
     limit_m, limit_n = max(next_power_of_two(m), 16), max(next_power_of_two(n), 16)
@@ -181,10 +188,9 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         > INT32_MAX
     )
     # One stride of a matrix is 1, or else nothing about it is aligned.
-    aligned = (
-        (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | columns) % 16 == 0
-        and min(stride_am, stride_ak) == 1 == min(stride_bk, stride_bn)
-    )
+    aligned = (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | columns) % 16 == 0 and min(
+        stride_am, stride_ak
+    ) == 1 == min(stride_bk, stride_bn)
     precision = _float32_precision() if dtype is torch.float32 else "ieee"
     grid, meta = _configuration(dtype, precision, batch, rows, columns, depth, aligned, wide)
     launch_prepared(

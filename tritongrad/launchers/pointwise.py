@@ -109,7 +109,9 @@ def _strided(
     order = fastest_first(shape, strides)
     out_strides = dense_strides(shape, order)
     outs: list[Tensor | None] = [
-        None if dtype is None else torch.empty_strided(shape, out_strides, dtype=dtype, device=device)
+        None
+        if dtype is None
+        else torch.empty_strided(shape, out_strides, dtype=dtype, device=device)
         for dtype in out_dtypes
     ]
     if 0 in shape:

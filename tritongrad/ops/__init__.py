@@ -11,6 +11,7 @@ import torch
 from . import matmul as matmul
 from . import pointwise as pointwise
 from . import reduction as reduction
+from . import vector_norm as vector_norm
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,7 @@ _INNER = Sum((-1,))
 
 
 def _admit_all(**operands: Any) -> None:
-    """Raise Unsupported unless these are tensors that multiply: of one floating dtype and device."""
+    """Raise Unsupported unless these multiply: tensors of one floating dtype and device."""
     first: Tensor | None = None
     for name, value in operands.items():
         if not isinstance(value, Tensor):
@@ -210,9 +210,7 @@ def _with_dims(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _product_to(shape: torch.Size, x: Tensor, y: Tensor) -> Tensor:
     """``x * y`` summed to ``shape``."""
     full, rank = broadcast_shape((x, y)), len(shape)
-    dims = tuple(
-        [-i for i in range(1, len(full) + 1) if i > rank or shape[-i] == 1 != full[-i]]
-    )
+    dims = tuple([-i for i in range(1, len(full) + 1) if i > rank or shape[-i] == 1 != full[-i]])
     if not dims:
         return torch.mul(x, y)
     return _with_dims(apply(MATMUL, Sum(dims), (x, y)), tuple([d for d in dims if -d <= rank]))
@@ -275,7 +273,8 @@ def _cost(params: Params, a: Tensor, b: Tensor) -> tuple[int, int]:
 
 def _linear_forward(params: Matrices, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() == 1:
-        return matrix_product(x.unsqueeze(0), weight.mT, bias).squeeze(0)
+        # In place: a view made inside a Function could not be modified in place by the user.
+        return matrix_product(x.unsqueeze(0), weight.mT, bias).squeeze_(0)
     return matrix_product(x, weight.mT, bias)
 
 
@@ -297,9 +296,7 @@ def _linear_rule(
     return dx, dweight, dbias
 
 
-def _linear_jvp(
-    params: Matrices, tensors: Tensors, outputs: Tensors, tangents: Tensors
-) -> Tensor:
+def _linear_jvp(params: Matrices, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
     x, weight, _ = tensors
     dx, dweight, dbias = [t if t is None else settle(t) for t in tangents]
     # The bias' tangent is the bias of whichever product there is.
@@ -314,9 +311,7 @@ def _linear_jvp(
     return dbias.expand(out.shape)
 
 
-def _linear_vmap(
-    info: Any, params: Matrices, tensors: Tensors, dims: tuple
-) -> tuple[Tensor, int]:
+def _linear_vmap(info: Any, params: Matrices, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
     x, weight, bias = tensors
     x_dim, weight_dim, bias_dim = dims
     assert x is not None

@@ -1,8 +1,7 @@
-"""Reductions: sum, mean, amax, amin, and the vector norms.
+"""Reductions: sum, mean, amax and amin, and what the vector norms share with them.
 
-The rules are torch's (derivatives.yaml; ``norm_backward`` in FunctionsManual.cpp), so that values
-at ties, at zero and of NaN are too. ``g`` is the gradient of the result; it and ``out``, the
-result, are broadcast back along the reduced dimensions.
+The rules are torch's (derivatives.yaml), so that values at ties and of NaN are too. ``g`` is the
+gradient of the result; it and ``out``, the result, are broadcast back along the reduced dimensions.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL, Number
-from ..function import admit, apply, settle, vjp
+from ..function import admit, apply, settle
 from ..kernels import reduction as k
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import AMAX, AMIN, MEAN, SUM, reduce
@@ -46,24 +45,23 @@ class Params(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _dims(rank: int, dims: tuple[Any, ...]) -> tuple[int, ...]:
+def _dims(rank: int, dims: tuple[int, ...]) -> tuple[int, ...]:
     """Dimensions as a call gives them, wrapped and checked; none given means all of them."""
-    found = []
     span = max(rank, 1)
-    for d in dims:
-        if type(d) is not int:
-            raise Unsupported(f"dim is a {type(d).__name__}")
-        if not -span <= d < span:
-            raise Unsupported("dim out of range")
-        found.append(d % span)
-    if len(set(found)) < len(found):
+    if rank > 64:
+        raise Unsupported("more than 64 dimensions")
+    if any(not -span <= d < span for d in dims):
+        raise Unsupported("dim out of range")
+    found = sorted({d % span for d in dims})
+    if len(found) < len(dims):
         raise Unsupported("dim given twice")
-    return tuple(sorted(found)) if rank and found else tuple(range(rank))
+    return tuple(found) if rank and found else tuple(range(rank))
 
 
-def _params(
+def read(
     input: Tensor, dim: Dim, keepdim: bool, dtype: torch.dtype | None, order: float = 2.0
 ) -> Params:
+    """Params of a call, checked."""
     admit(input)
     result = input.dtype if dtype is None else dtype
     if result not in FLOATING:
@@ -75,15 +73,17 @@ def _params(
     if type(keepdim) is not bool:
         raise Unsupported(f"keepdim is a {type(keepdim).__name__}")
     if dim is None:
-        dim = ()
+        dims: tuple[int, ...] = ()
     elif type(dim) is int:
-        dim = (dim,)
-    elif not isinstance(dim, (tuple, list)):
-        raise Unsupported(f"dim is a {type(dim).__name__}")
-    return Params(_dims(input.dim(), tuple(dim)), keepdim, result, order)
+        dims = (dim,)
+    elif isinstance(dim, (tuple, list)) and all(type(d) is int for d in dim):
+        dims = tuple(dim)
+    else:
+        raise Unsupported(f"dim={dim!r}")
+    return Params(_dims(input.dim(), dims), keepdim, result, order)
 
 
-def _refuse_empty(input: Tensor, dims: tuple[int, ...]) -> None:
+def refuse_empty(input: Tensor, dims: tuple[int, ...]) -> None:
     """An extremum of nothing is an error of torch's."""
     shape = input.shape
     if 0 in shape and any(shape[d] == 0 for d in dims):
@@ -93,90 +93,19 @@ def _refuse_empty(input: Tensor, dims: tuple[int, ...]) -> None:
 def _bind_sum(
     input: Tensor, dim: Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensors, Params]:
-    return (input,), _params(input, dim, keepdim, dtype)
+    return (input,), read(input, dim, keepdim, dtype)
 
 
 def _bind_extremum(input: Tensor, dim: Dim = (), keepdim: bool = False) -> tuple[Tensors, Params]:
-    params = _params(input, dim, keepdim, None)
-    _refuse_empty(input, params.dims)
+    params = read(input, dim, keepdim, None)
+    refuse_empty(input, params.dims)
     return (input,), params
-
-
-def _bind_vector_norm(
-    input: Tensor,
-    ord: Number = 2,
-    dim: Dim = None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensors, Params]:
-    if type(ord) not in (int, float):
-        raise Unsupported(f"order is a {type(ord).__name__}")
-    params = _params(input, dim, keepdim, dtype, float(ord))
-    if input.dtype is not params.result and (
-        input.dtype not in FLOATING
-        or torch.promote_types(input.dtype, params.result) is not params.result
-    ):
-        raise Unsupported("dtype would narrow the input")
-    if ord < 0 or ord == math.inf:
-        _refuse_empty(input, params.dims)
-    return (input,), params
-
-
-def _bind_norm(
-    input: Tensor,
-    p: Number | str | None = "fro",
-    dim: Dim = None,
-    keepdim: bool = False,
-    out: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensors, Params]:
-    if out is not None:
-        raise Unsupported("out=")
-    if p is None:
-        p = 2
-    elif isinstance(p, str):
-        if p != "fro" or not (dim is None or isinstance(dim, int) or len(dim) <= 2):
-            raise Unsupported("matrix norm")
-        p = 2
-    return _bind_vector_norm(input, p, dim, keepdim, dtype=dtype)
-
-
-def _bind_norm_method(
-    input: Tensor,
-    p: Number | str | None = "fro",
-    dim: Dim = None,
-    keepdim: bool = False,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensors, Params]:
-    return _bind_norm(input, p, dim, keepdim, None, dtype)
-
-
-def _bind_linalg_norm(
-    input: Tensor,
-    ord: Number | str | None = None,
-    dim: Dim = None,
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensors, Params]:
-    if not isinstance(input, Tensor):
-        raise Unsupported(f"input is a {type(input).__name__}")
-    # How many dimensions decide whether an order is a vector's or a matrix's.
-    count = input.dim() if dim is None else 1 if isinstance(dim, int) else len(dim)
-    if dim is not None and count not in (1, 2):
-        raise Unsupported("norm over other than one or two dimensions")
-    if ord is None:
-        return _bind_vector_norm(input, 2, dim, keepdim, dtype=dtype)
-    if count != 1:
-        raise Unsupported("matrix norm")
-    return _bind_vector_norm(input, ord, dim, keepdim, dtype=dtype)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------- common to the ops
 
 
-def _restored(value: Tensor, params: Params) -> Tensor:
+def restored(value: Tensor, params: Params) -> Tensor:
     """A result with its reduced dimensions back, so that it broadcasts with the input."""
     if not params.keepdim and value.dim():
         for d in params.dims:
@@ -184,7 +113,7 @@ def _restored(value: Tensor, params: Params) -> Tensor:
     return value
 
 
-def _total(
+def total_of(
     value: Tensor, params: Params, keepdim: bool, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Sum over the dimensions of a call; over none, where torch would take all."""
@@ -204,7 +133,7 @@ def _in_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
     return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
 
 
-def _reduction(
+def reduction(
     name: str,
     *targets: Callable[..., Any],
     bind: Bind,
@@ -298,33 +227,26 @@ def _cost(params: Params, x: Tensor) -> tuple[int, int]:
     return moved, x.numel()
 
 
-def _samples(low: float = -2.0) -> Callable[[Make], Iterator[Sample]]:
+def standard_samples(make: Make) -> Iterator[Sample]:
     """Calls that cross block boundaries in both directions, share rows, and are strided."""
-
-    def samples(make: Make) -> Iterator[Sample]:
-        def some(*shape: int) -> Tensor:
-            return make(*shape, low=low)
-
-        yield Sample((some(3, 5),), {}, "all")
-        yield Sample((some(3, 5),), {"dim": 1}, "rows")
-        yield Sample((some(3, 5),), {"dim": -2, "keepdim": True}, "columns, keepdim")
-        yield Sample((some(2, 3, 4),), {"dim": (0, -1)}, "several dims")
-        yield Sample((some(2, 3),), {"dim": (), "keepdim": True}, "dim=()")
-        yield Sample((some(),), {}, "0-dim")
-        yield Sample((some(7, 6).t(),), {"dim": 1}, "transposed")
-        yield Sample((some(4, 9)[:, ::2],), {"dim": 1}, "every other column")
-        yield Sample((some(3, 1).expand(3, 5),), {"dim": 1}, "expanded")
-        yield Sample((some(2, 0, 3),), {"dim": 2}, "empty")
-        yield Sample((some(2, 4099),), {"dim": 1}, "past one block of the reduced")
-        yield Sample((some(3, 131),), {"dim": 0}, "past one block of the kept")
-        yield Sample((some(8, 2, 257),), {"dim": (0, 2)}, "rows shared by several programs")
-
-    return samples
+    yield Sample((make(3, 5),), {}, "all")
+    yield Sample((make(3, 5),), {"dim": 1}, "rows")
+    yield Sample((make(3, 5),), {"dim": -2, "keepdim": True}, "columns, keepdim")
+    yield Sample((make(2, 3, 4),), {"dim": (0, -1)}, "several dims")
+    yield Sample((make(2, 3),), {"dim": (), "keepdim": True}, "dim=()")
+    yield Sample((make(),), {}, "0-dim")
+    yield Sample((make(7, 6).t(),), {"dim": 1}, "transposed")
+    yield Sample((make(4, 9)[:, ::2],), {"dim": 1}, "every other column")
+    yield Sample((make(3, 1).expand(3, 5),), {"dim": 1}, "expanded")
+    yield Sample((make(2, 0, 3),), {"dim": 2}, "empty")
+    yield Sample((make(2, 4099),), {"dim": 1}, "past one block of the reduced")
+    yield Sample((make(3, 131),), {"dim": 0}, "past one block of the kept")
+    yield Sample((make(8, 2, 257),), {"dim": (0, 2)}, "rows shared by several programs")
 
 
 def _total_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(3, 0),), {"dim": 1}, "of nothing")
-    yield from _samples()(make)
+    yield from standard_samples(make)
     yield Sample((make(3, 5),), {"dim": 1, "dtype": torch.float64}, "dtype")
 
 
@@ -333,7 +255,7 @@ def _total_samples(make: Make) -> Iterator[Sample]:
 
 def _spread(params: Params, spec: Spec, g: Tensor) -> Tensor:
     # A view: converted while it is small, then every element reads the same memory.
-    return _restored(g.to(spec.dtype), params).expand(spec.shape)
+    return restored(g.to(spec.dtype), params).expand(spec.shape)
 
 
 def _sum_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tensor:
@@ -371,26 +293,26 @@ def _saves_nothing(params: Params, needs: Needs) -> tuple[int, ...]:
 
 
 def _extremum_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    hits = x == _restored(out, params)
-    count = _total(hits, params, True, COMPUTE_DTYPE[spec.dtype])
+    hits = x == restored(out, params)
+    count = total_of(hits, params, True, COMPUTE_DTYPE[spec.dtype])
     # Ties share evenly.
-    return ((_restored(g, params) / count) * hits).to(spec.dtype)
+    return ((restored(g, params) / count) * hits).to(spec.dtype)
 
 
 def _extremum_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    g, out = _restored(g, params), _restored(out, params)
-    count = _hits(k.hit, params, x, out)
-    return _pointwise(k.extremum_bwd, (g, x, out, count), params.result, spec.dtype)
+    g, out = restored(g, params), restored(out, params)
+    count = hits_per_row(k.hit, params, x, out)
+    return exact_pointwise(k.extremum_bwd, (g, x, out, count), params.result, spec.dtype)
 
 
-def _hits(function: Any, params: Params, x: Tensor, out: Tensor) -> Tensor:
+def hits_per_row(function: Any, params: Params, x: Tensor, out: Tensor) -> Tensor:
     """How many elements of each row of ``x`` are its extremum."""
     compute = COMPUTE_DTYPE[params.result]
     counting = SUM._replace(map=function)
     return reduce(counting, (x, out), params.dims, True, params.result, compute)
 
 
-def _pointwise(
+def exact_pointwise(
     function: Any,
     operands: tuple[Tensor, ...],
     result: torch.dtype,
@@ -404,118 +326,10 @@ def _pointwise(
 
 
 def _extremum_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
-    hits = x == _restored(out, params)
+    hits = x == restored(out, params)
     compute = COMPUTE_DTYPE[params.result]
-    total = _total(torch.where(hits, tangent, 0.0), params, params.keepdim, compute)
-    return (total / _total(hits, params, params.keepdim, compute)).to(params.result)
-
-
-# ------------------------------------------------------------------------------------ vector norms
-
-
-def _norm_forward(params: Params, x: Tensor) -> Tensor:
-    dims, keepdim, result, p = params
-    map_params: tuple[float, ...] = ()
-    finish_params: tuple[float, ...] = ()
-    if p == 0:
-        reduction = SUM._replace(map=k.nonzero)
-    elif p == math.inf:
-        reduction = AMAX._replace(map=k.absolute)
-    elif p == -math.inf:
-        reduction = AMIN._replace(map=k.absolute)
-    elif p == 1 or all(x.shape[d] == 1 for d in dims):
-        # A single element's norm is its absolute value, exactly.
-        reduction = SUM._replace(map=k.absolute)
-    elif p == 2:
-        reduction = SUM._replace(map=k.square, finish=k.root)
-    else:
-        reduction = SUM._replace(map=k.absolute_power, finish=k.power)
-        map_params, finish_params = (p,), (1 / p,)
-    return reduce(reduction, (x,), dims, keepdim, result, result, map_params, finish_params)
-
-
-def _norm_saves(params: Params, needs: Needs) -> tuple[int, ...]:
-    return () if params.order == 0 else (0,) if params.order == 1 else (0, 1)
-
-
-def _norm_rule(
-    params: Params, spec: Spec, g: Tensor, x: Tensor | None, out: Tensor | None
-) -> Tensor | None:
-    if params.order == 0:
-        return None  # a count: undefined, says torch
-    assert x is not None
-    x, g = x.to(params.result), _restored(g, params)
-    if params.order == 1:
-        dx = torch.sign(x) * g
-    else:
-        assert out is not None
-        dx = _norm_slope(g, x, _restored(out, params), params)
-    return dx.to(spec.dtype)
-
-
-def _norm_slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
-    p = params.order
-    if p == 2:
-        return g * torch.where(out == 0, 0.0, x / out)
-    if math.isinf(p):
-        hits = torch.abs(x) == out
-        count = _total(hits, params, True, COMPUTE_DTYPE[params.result])
-        # A NaN hits nothing; its row has gradient zero, not 0 / 0.
-        count = torch.where(out != out, 1.0, count)
-        return torch.sign(x) * ((g / count) * hits)
-    if p < 1:
-        slope = torch.sign(x) * torch.where(x == 0, 0.0, torch.abs(x) ** (p - 1))
-        return slope * g * out ** (1 - p)
-    scale = torch.where(out == 0, 0.0, g / out ** (p - 1))
-    if p < 2:
-        return torch.sign(x) * torch.abs(x) ** (p - 1) * scale
-    return x * torch.abs(x) ** (p - 2) * scale
-
-
-def _norm_backward(
-    params: Params, spec: Spec, g: Tensor, x: Tensor | None, out: Tensor | None
-) -> Tensor | None:
-    p = params.order
-    if p == 0:
-        return None
-    assert x is not None
-    g = _restored(g, params)
-    if p == 1:
-        return _pointwise(k.norm_1_bwd, (g, x), params.result, spec.dtype)
-    assert out is not None
-    out = _restored(out, params)
-    if p == 2:
-        return _pointwise(k.norm_2_bwd, (g, x, out), params.result, spec.dtype)
-    if math.isinf(p):
-        count = _hits(k.absolute_hit, params, x, out)
-        return _pointwise(k.norm_inf_bwd, (g, x, out, count), params.result, spec.dtype)
-    compute = COMPUTE_DTYPE[params.result]
-    if compute is not params.result:
-        # out ** (p - 1) would multiply the rounding of a half precision result by p - 1.
-        out = _norm_forward(params._replace(keepdim=True, result=compute), x)
-    scale = _pointwise(k.norm_scale, (g, out), compute, compute, (p,))
-    return _pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
-
-
-def _norm_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
-    if params.order == 0:
-        return torch.zeros_like(out)
-    # The gradient for g = 1 is the row of the Jacobian that the tangent meets.
-    compute = COMPUTE_DTYPE[params.result]
-    specs = (Spec(x.shape, compute),)
-    (row,) = vjp(op, params, (True,), specs, (torch.ones_like(out),), (x, out), own_level=1)
-    assert row is not None
-    return _total(row * tangent, params, params.keepdim, compute).to(params.result)
-
-
-def _norm_samples(make: Make) -> Iterator[Sample]:
-    yield Sample((make(3, 0), 3), {"dim": 1}, "of nothing")
-    yield from _samples()(make)
-    for order in (1, -math.inf, math.inf, 0.5, 1.5, 3, -1):
-        yield Sample((make(3, 5), order), {"dim": 1}, f"order {order}")
-    yield Sample((make(2, 3, 4), 3), {"dim": (0, 2), "keepdim": True}, "order 3, several dims")
-    yield Sample((make(3, 1), 3), {"dim": 1}, "of one element")
-    yield Sample((make(3, 5),), {"dim": 1, "dtype": torch.float64}, "dtype")
+    total = total_of(torch.where(hits, tangent, 0.0), params, params.keepdim, compute)
+    return (total / total_of(hits, params, params.keepdim, compute)).to(params.result)
 
 
 # ------------------------------------------------------------------------------------------- TABLE
@@ -527,54 +341,31 @@ _extremum: dict[str, Any] = {
     "rule": _extremum_rule,
     "backward": _extremum_backward,
     "jvp": _extremum_jvp,
-    "samples": _samples(),
+    "samples": standard_samples,
     "formula": "dx = g / sum(x == out) * (x == out)",
 }
-_norm: dict[str, Any] = {
-    "forward": _norm_forward,
-    "saves": _norm_saves,
-    "rule": _norm_rule,
-    "backward": _norm_backward,
-    "jvp": _norm_jvp,
-    "samples": _norm_samples,
-    "formula": "dx = g * sign(x) * (abs(x) / out) ** (p - 1)",
-    "autocast": {"cuda": "float32"},
-}
-
-_reduction(
+reduction(
     "sum", torch.sum, T.sum,
     bind=_bind_sum, forward=_sum_forward, rule=_sum_rule, **_linear,
     formula="dx = g",
     autocast={"cuda": "float32"},
 )  # fmt: skip
-_reduction(
+reduction(
     "mean", torch.mean, T.mean,
     bind=_bind_sum, forward=_mean_forward, rule=_mean_rule, **_linear,
     formula="dx = g / n",
 )  # fmt: skip
-_reduction(
+reduction(
     "amax", torch.amax, T.amax,
     forward=lambda params, x: reduce(
         AMAX, (x,), params.dims, params.keepdim, params.result, params.result
     ),
     **_extremum,
 )  # fmt: skip
-_reduction(
+reduction(
     "amin", torch.amin, T.amin,
     forward=lambda params, x: reduce(
         AMIN, (x,), params.dims, params.keepdim, params.result, params.result
     ),
     **_extremum,
-)  # fmt: skip
-_reduction(
-    "vector_norm", torch.linalg.vector_norm,
-    bind=_bind_vector_norm, **_norm,
-    opinfo=("linalg.vector_norm",),
-)  # fmt: skip
-_reduction(
-    "norm", torch.norm,
-    bind=_bind_norm,
-    variants={T.norm: _bind_norm_method, torch.linalg.norm: _bind_linalg_norm},
-    **_norm,
-    opinfo=("norm", "norm.fro", "norm.inf", "linalg.norm", "linalg.norm.subgradients_at_zero"),
 )  # fmt: skip

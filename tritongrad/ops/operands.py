@@ -1,0 +1,240 @@
+"""Reading torch's signatures of pointwise ops: operands, numbers in their place, promotion."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import FLOATING, INTEGRAL, Number
+from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit, key_set
+from ..layout import broadcasts
+from ..op import Bind, Tensors, Unsupported
+from ..runtime import DEVICE_TYPES
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+class Params(NamedTuple):
+    """What a pointwise call is beside its tensors.
+
+    Attributes:
+        scalars: for each input, the Python number that stands in its place, or None; empty when
+            there is none.
+        consts: the op's parameters, ``alpha`` for instance.
+        result: dtype that torch's promotion gives.
+        uniform: all inputs are tensors of the result's shape and dtype.
+    """
+
+    scalars: tuple[Number | None, ...]
+    consts: tuple[Number, ...]
+    result: torch.dtype
+    uniform: bool = False
+
+
+# The parameters of most calls, made once.
+_UNIFORM = {dtype: Params((), (), dtype, True) for dtype in FLOATING}
+_UNIFORM_SUM = {dtype: Params((), (1,), dtype, True) for dtype in FLOATING}
+
+
+def _promoted(*values: Any) -> torch.dtype:
+    """dtype of the result of a floating operation on ``values``, by torch's promotion."""
+    if len(values) == 1:
+        result = values[0].dtype
+    else:
+        result = torch.result_type(*values)
+    if result in FLOATING:
+        return result
+    if result.is_complex:
+        raise Unsupported("complex dtype")
+    if result not in INTEGRAL:
+        raise Unsupported(f"dtype {str(result).removeprefix('torch.')}")
+    return result
+
+
+def _operands(
+    names: tuple[str, ...], values: tuple[Any, ...], to_float: bool
+) -> tuple[Tensors, tuple[Number | None, ...], torch.dtype]:
+    """Check and sort the operands of a call: tensors, Python numbers, dtype of the result."""
+    operands: list[Tensor | None] = []
+    scalars: list[Number | None] = []
+    device: torch.device | None = None
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, Tensor):
+            admit_or_scalar(value)
+            operands.append(value)
+            scalars.append(None)
+            if value.dim() > 0 or device is None:
+                device = value.device
+        elif isinstance(value, (bool, int, float)):
+            operands.append(None)
+            scalars.append(value)
+        else:
+            raise Unsupported(f"{name} is a {type(value).__name__}")
+    if device is not None and device.type not in DEVICE_TYPES:
+        raise Unsupported(f"{device.type} tensor")
+    for i, t in enumerate(operands):
+        if t is None or t.device == device:
+            continue
+        if t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad:
+            operands[i], scalars[i] = None, t.item()
+        else:
+            raise Unsupported("tensors on different devices")
+    present = [t for t in operands if t is not None]
+    if not present:
+        raise Unsupported("no tensor among the operands")
+    if not broadcasts(*[t.shape for t in present]):
+        raise Unsupported("shapes do not broadcast")
+    result = _promoted(*values)
+    if result not in FLOATING:
+        if not to_float:
+            raise Unsupported("integer result")
+        result = torch.get_default_dtype()
+    return tuple(operands), tuple(scalars), result
+
+
+def admit_or_scalar(value: Tensor) -> None:
+    """``admit``, but for the 0-dim CPU tensors that torch takes beside tensors of a GPU."""
+    foreign = value.device.type == "cpu" and "cpu" not in DEVICE_TYPES
+    if not (foreign and value.dim() == 0 and type(value) is Tensor and not _is_wrapped(value)):
+        admit(value)
+    elif value.is_complex():
+        raise Unsupported("complex dtype")
+
+
+def unary_bind(to_float: bool) -> Bind:
+    def bind(input: Tensor) -> tuple[Tensors, Params]:
+        admit(input)
+        result = input.dtype
+        if result in FLOATING:
+            return (input,), _UNIFORM[result]
+        _promoted(input)
+        if not to_float:
+            raise Unsupported("integer result")
+        return (input,), Params((), (), torch.get_default_dtype())
+
+    return bind
+
+
+def _binary(input: Any, other: Any, to_float: bool = False) -> tuple[Tensors, Params]:
+    if type(input) in PLAIN_TYPES:
+        dtype = input.dtype
+        if dtype in FLOATING:
+            # Nothing to promote or broadcast, in the two cases that most calls are.
+            if type(other) in PLAIN_TYPES:
+                if dtype is other.dtype and input.shape == other.shape:
+                    keys = key_set(input)
+                    if (
+                        keys == key_set(other)
+                        and keys in PLAIN_KEY_SETS
+                        and input.device == other.device
+                    ):
+                        return (input, other), _UNIFORM[dtype]
+            elif type(other) in (float, int):
+                admit(input)
+                return (input, None), Params((None, other), (), dtype)
+    tensors, scalars, result = _operands(("input", "other"), (input, other), to_float)
+    return tensors, Params(scalars, (), result)
+
+
+def bind_two(input: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
+    if not isinstance(input, Tensor):
+        raise Unsupported(f"input is a {type(input).__name__}")
+    return _binary(input, other)
+
+
+def reflected(bind: Bind) -> Bind:
+    """``bind`` for the method of the right operand: ``2 - x`` calls ``x.__rsub__(2)``."""
+
+    def bind_reflected(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
+        return bind(other, self)
+
+    return bind_reflected
+
+
+def bind_scaled(
+    input: Tensor | Number, other: Tensor | Number, *, alpha: Number = 1
+) -> tuple[Tensors, Params]:
+    tensors, params = _binary(input, other)
+    if alpha == 1 and params.uniform and type(alpha) in (int, float):
+        return tensors, _UNIFORM_SUM[params.result]
+    if type(alpha) not in (int, float):
+        raise Unsupported(f"alpha is a {type(alpha).__name__}")
+    return tensors, params._replace(consts=(alpha,))
+
+
+def bind_scaled_left(
+    input: Tensor, other: Tensor | Number, *, alpha: Number = 1
+) -> tuple[Tensors, Params]:
+    if not isinstance(input, Tensor):
+        raise Unsupported(f"input is a {type(input).__name__}")
+    return bind_scaled(input, other, alpha=alpha)
+
+
+def bind_rsub(
+    input: Tensor, other: Tensor | Number, *, alpha: Number = 1
+) -> tuple[Tensors, Params]:
+    return bind_scaled(other, input, alpha=alpha)
+
+
+def bind_div(
+    input: Tensor, other: Tensor | Number, *, rounding_mode: str | None = None
+) -> tuple[Tensors, Params]:
+    if rounding_mode is not None:
+        raise Unsupported("rounding_mode")
+    if not isinstance(input, Tensor):
+        raise Unsupported(f"input is a {type(input).__name__}")
+    return _binary(input, other, True)
+
+
+def bind_rmul(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
+    return _binary(other, self, False)
+
+
+def bind_rdiv(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
+    return _binary(other, self, True)
+
+
+def bind_pow(input: Tensor | Number, exponent: Tensor | Number) -> tuple[Tensors, Params]:
+    return _binary(input, exponent, False)
+
+
+def bind_where(
+    condition: Tensor, input: Tensor | Number, other: Tensor | Number
+) -> tuple[Tensors, Params]:
+    if not isinstance(condition, Tensor) or condition.dtype is not torch.bool:
+        raise Unsupported("condition is not a bool tensor")
+    admit(condition)
+    names = ("condition", "input", "other")
+    values = (condition, input, other)
+    branches = [v for v in (input, other) if isinstance(v, Tensor)]
+    if not branches:
+        raise Unsupported("no tensor among the branches")
+    for name, value in zip(names[1:], values[1:], strict=True):
+        if isinstance(value, Tensor):
+            admit_or_scalar(value)
+        elif not isinstance(value, (bool, int, float)):
+            raise Unsupported(f"{name} is a {type(value).__name__}")
+    if any(t.device != condition.device for t in branches):
+        raise Unsupported("tensors on different devices")
+    if not broadcasts(condition.shape, *[t.shape for t in branches]):
+        raise Unsupported("shapes do not broadcast")
+    result = _promoted(input, other)
+    if result not in FLOATING:
+        raise Unsupported("integer result")
+    tensors = (condition, *[v if isinstance(v, Tensor) else None for v in (input, other)])
+    scalars = (None, *[None if isinstance(v, Tensor) else v for v in (input, other)])
+    return tensors, Params(scalars, (), result)
+
+
+def bind_where_method(
+    self: Tensor, condition: Tensor, other: Tensor | Number
+) -> tuple[Tensors, Params]:
+    return bind_where(condition, self, other)
+
+
+def bind_relu_function(input: Tensor, inplace: bool = False) -> tuple[Tensors, Params]:
+    if inplace:
+        raise Unsupported("in-place")
+    return unary_bind(False)(input)

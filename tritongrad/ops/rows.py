@@ -1,0 +1,336 @@
+"""From a row of the pointwise table to an op: launching, saving, every derivative, vmap."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, encode
+from ..function import apply, settle, vjp
+from ..kernels import pointwise as k
+from ..launchers.pointwise import NARROW, elementwise
+from ..launchers.reduction import sum_to
+from ..layout import broadcast_shape
+from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, register
+from ..runtime import launch_prepared
+from ..sampling import Make, Sample
+from ..symbolic import formula
+from .operands import Params
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def reduce_to(value: Tensor, spec: Spec) -> Tensor:
+    """A gradient summed over what its input was broadcast along, in its input's dtype."""
+    if value.shape != spec.shape:
+        missing = value.dim() - len(spec.shape)
+        dims = list(range(missing))
+        dims += [
+            d for d, size in enumerate(spec.shape, missing) if size == 1 and value.shape[d] != 1
+        ]
+        if dims:
+            value = torch.sum(value, dims, keepdim=True)
+        value = value.expand(*value.shape[:missing], *spec.shape).reshape(spec.shape)
+    return value if value.dtype is spec.dtype else value.to(spec.dtype)
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    return tuple(function.arg_names)
+
+
+def pointwise(
+    name: str,
+    *targets: Callable[..., Any],
+    bind: Bind,
+    rules: Mapping[str, Callable[..., Tensor]],
+    inputs: tuple[str, ...] = ("x",),
+    consts: tuple[str, ...] = (),
+    variants: Mapping[Callable[..., Any], Bind] | None = None,
+    boolean: bool = False,
+    low: float = -2.0,
+    high: float = 2.0,
+    samples: Callable[[Make], Iterator[Sample]] | None = None,
+    opinfo: tuple[str, ...] | None = None,
+    autocast: Mapping[str, str] | None = None,
+    sources: str = "torch derivatives.yaml",
+) -> Op:
+    """Make and register the op of one row.
+
+    Args:
+        targets: torch callables with ``bind``'s signature.
+        rules: input -> its gradient, a function of ``g`` and any of the inputs, ``out``, consts.
+        inputs: names of the inputs; ``c`` is a condition, which has no gradient.
+        variants: torch callables with signatures of their own.
+        boolean: a comparison: bool result, no derivative.
+        low, high: range of sample values where the op is smooth.
+    """
+    forward_function = getattr(k, name)
+    backward_function = getattr(k, f"{name}_bwd", None)
+    raw = sum(1 << i for i, n in enumerate(inputs) if n == "c")
+    arity = len(inputs)
+    slots = {"out": arity} | {n: i for i, n in enumerate(inputs)}
+    wants = {n: tuple(inspect.signature(rule).parameters) for n, rule in rules.items()}
+
+    # What the dense kernel is compiled for when all operands are alike, by dtype.
+    metas = {
+        dtype: {
+            "F": forward_function,
+            "RAW": raw,
+            "RESULT": TRITON_DTYPE[dtype],
+            "COMPUTE": TRITON_DTYPE[COMPUTE_DTYPE[dtype]],
+            "WIDE": False,
+            "BLOCK": k.DENSE_BLOCK,
+        }
+        for dtype in FLOATING
+    }
+
+    def forward(params: Params, *tensors: Any) -> Tensor:
+        if params.uniform:
+            # The common case, without elementwise()'s search for one: about 2 us less.
+            first = tensors[0]
+            for t in tensors:
+                if not t.is_contiguous():
+                    break
+            else:
+                n = first.numel()
+                if 0 < n <= NARROW:
+                    result = (
+                        torch.empty_like(first, dtype=torch.bool)
+                        if boolean
+                        else torch.empty_like(first)
+                    )
+                    numbers = params.consts
+                    if numbers:
+                        compute = COMPUTE_DTYPE[params.result]
+                        numbers = tuple([encode(v, compute) for v in numbers])
+                    launch_prepared(
+                        k.pointwise_dense,
+                        (-(-n // k.DENSE_BLOCK),),
+                        ((result,), tensors, (), numbers, n),
+                        first.device,
+                        metas[params.result],
+                    )
+                    return result
+        function, scalars = forward_function, params.scalars
+        if name == "pow" and scalars and scalars[1] == 2:
+            function = k.square
+        dtype = torch.bool if boolean else params.result
+        (out,) = elementwise(
+            function, raw, tensors, scalars, params.consts, params.result, (dtype,)
+        )
+        assert out is not None
+        return out
+
+    kept: dict[Needs, tuple[int, ...]] = {}
+
+    def saves(params: Params, needs: Needs) -> tuple[int, ...]:
+        if needs not in kept:
+            wanted = {n for i, n in enumerate(inputs) if needs[i] for n in wants[n]}
+            kept[needs] = tuple(sorted(slots[n] for n in wanted if n in slots))
+        return kept[needs]
+
+    def rule(params: Params, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors) -> Tensors:
+        values: dict[str, Any] = {"g": grads[0], "out": saved[arity]}
+        for i, n in enumerate(inputs):
+            number = params.scalars[i] if params.scalars else None
+            values[n] = saved[i] if number is None else number
+        values |= dict(zip(consts, params.consts, strict=True))
+        return tuple(
+            reduce_to(rules[n](**{w: values[w] for w in wants[n]}), specs[i]) if need else None
+            for i, (n, need) in enumerate(zip(inputs, needs, strict=True))
+        )
+
+    def jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
+        # The Jacobian is diagonal, so each input's rule is its own transpose.
+        (out,) = outputs
+        assert out is not None
+        total: Tensor | None = None
+        # Parts that cancel must not have been rounded to half precision before.
+        several = sum(t is not None for t in tangents) > 1
+        like = Spec(out.shape, COMPUTE_DTYPE[out.dtype] if several else out.dtype)
+        for i, tangent in enumerate(tangents):
+            if tangent is None:
+                continue
+            tangent = settle(tangent).to(out.dtype).expand(out.shape)
+            needs = tuple(j == i for j in range(arity))
+            specs = tuple(like if need else None for need in needs)
+            part = vjp(op, params, needs, specs, (tangent,), (*tensors, out), own_level=1)[i]
+            assert part is not None
+            total = part if total is None else total + part
+        assert total is not None
+        return total if total.dtype is out.dtype else total.to(out.dtype)
+
+    def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
+        # A batched pointwise op is the op with one more dimension.
+        rank = _logical_rank(tensors, dims)
+        # An input that all samples share is smaller than the others now.
+        params = params._replace(uniform=arity == 1)
+        return apply(op, params, _batch_all(tensors, dims, rank)), 0
+
+    op = Op(
+        name=name,
+        bind=bind,
+        forward=forward,
+        replaces=targets,
+        variants=variants or {},
+        saves=saves,
+        uniform=operator.attrgetter("uniform"),
+        rule=rule if rules else None,
+        backward=_backward_op(name, backward_function, inputs, consts, rule, wants)
+        if backward_function is not None
+        else None,
+        jvp=jvp if rules else None,
+        vmap=vmap,
+        autocast=autocast or {},
+        opinfo=opinfo if opinfo is not None else (name,),
+        kernels=("pointwise_dense", "pointwise_strided"),
+        formula="; ".join(f"d{n} = {formula(rules[n])}" for n in inputs if n in rules),
+        dtypes=FLOATING,
+        differentiable=bool(rules),
+        samples=samples or standard_samples(arity, low, high),
+        sources=sources,
+        cost=_cost,
+    )
+    return register(op)
+
+
+def _backward_op(
+    name: str,
+    function: Any,
+    inputs: tuple[str, ...],
+    consts: tuple[str, ...],
+    rule: Any,
+    wants: Mapping[str, tuple[str, ...]],
+) -> Op:
+    """The op that computes all of a row's gradients in one kernel, from ``(g, *inputs, out)``."""
+    names = _names(function)
+    slots = {"g": 0, "out": len(inputs) + 1} | {n: i + 1 for i, n in enumerate(inputs)}
+    order = tuple(slots[n] for n in names if n in slots)
+    raw = sum(1 << i for i, n in enumerate(names) if n == "c")
+    # Where each input's gradient stands in what the device function returns.
+    column = {n: i for i, n in enumerate(wants)}
+
+    def forward(bp: BackwardParams, *tensors: Tensor | None) -> Any:
+        params, needs, specs = bp
+        operands = tuple([tensors[i] for i in order])
+        full = broadcast_shape([t for t in tensors if t is not None])
+        compute = COMPUTE_DTYPE[params.result]
+        dtypes: list[torch.dtype | None] = [None] * len(column)
+        for n, need, spec in zip(inputs, needs, specs, strict=True):
+            if need and spec is not None:
+                dtypes[column[n]] = spec.dtype if spec.shape == full else compute
+        numbers = (None, *(params.scalars or (None,) * len(inputs)), None)
+        scalars = tuple([numbers[i] for i in order])
+        device_function = function
+        if name == "pow" and params.scalars and params.scalars[1] == 2:
+            device_function, operands, scalars = k.square_bwd, operands[:2], scalars[:2]
+        outs = elementwise(
+            device_function, raw, operands, scalars, params.consts, params.result, tuple(dtypes)
+        )
+        gradients = []
+        for n, need, spec in zip(inputs, needs, specs, strict=True):
+            if need and spec is not None:
+                gradient = outs[column[n]]
+                assert gradient is not None
+                if gradient.shape != spec.shape:
+                    gradient = sum_to(gradient, spec.shape, spec.dtype)
+                gradients.append(gradient)
+        return gradients[0] if len(gradients) == 1 else tuple(gradients)
+
+    def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
+        found = rule(bp.params, bp.needs, bp.specs, (g,), saved)
+        return tuple(t for t in found if t is not None)
+
+    def vmap(info: Any, bp: BackwardParams, tensors: Tensors, dims: tuple) -> Any:
+        return _vmap_backward(op, info, bp, tensors, dims)
+
+    op = Op(
+        name=f"{name}_backward",
+        bind=None,
+        forward=forward,
+        outputs=len(inputs),
+        reference=reference,
+        vmap=vmap,
+        kernels=("pointwise_dense", "pointwise_strided"),
+        dtypes=FLOATING,
+        formula=f"autograd through the rule of {name}",
+    )
+    return op
+
+
+def _batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
+    """Batch dimension in front, then the logical dimensions right-aligned in ``rank``."""
+    if dim is None:
+        return tensor
+    moved = tensor.movedim(dim, 0)
+    padding = rank - (moved.dim() - 1)
+    return moved.reshape(moved.shape[0], *[1] * padding, *moved.shape[1:])
+
+
+def _logical_rank(tensors: Tensors, dims: tuple) -> int:
+    return max(
+        t.dim() - (d is not None) for t, d in zip(tensors, dims, strict=True) if t is not None
+    )
+
+
+def _batch_all(tensors: Tensors, dims: tuple, rank: int) -> Tensors:
+    return tuple(
+        None if t is None else _batch_first(t, d, rank) for t, d in zip(tensors, dims, strict=True)
+    )
+
+
+def _vmap_backward(
+    op: Op, info: Any, bp: BackwardParams, tensors: Tensors, dims: tuple
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Each sample has gradients of its own, also for an input that all samples share."""
+    rank = _logical_rank(tensors, dims)
+    size = info.batch_size
+    specs = tuple(
+        spec and Spec(torch.Size((size, *[1] * (rank - len(spec.shape)), *spec.shape)), spec.dtype)
+        for spec in bp.specs
+    )
+    found = apply(op, bp._replace(specs=specs), _batch_all(tensors, dims, rank))
+    found = found if type(found) is tuple else (found,)
+    shapes = [spec.shape for spec, need in zip(bp.specs, bp.needs, strict=True) if need and spec]
+    results = tuple(
+        gradient.reshape(size, *shape) for gradient, shape in zip(found, shapes, strict=True)
+    )
+    return results, (0,) * len(results)
+
+
+def _cost(params: Params, *tensors: Tensor | None) -> tuple[int, int]:
+    present = [t for t in tensors if t is not None]
+    n = broadcast_shape(present).numel()
+    moved = sum(t.numel() * t.element_size() for t in present) + n * params.result.itemsize
+    return moved, n
+
+
+def standard_samples(arity: int, low: float, high: float) -> Callable[[Make], Iterator[Sample]]:
+    """Calls that cross block boundaries, broadcast, and take strided operands."""
+
+    def samples(make: Make) -> Iterator[Sample]:
+        def some(*shape: int) -> Tensor:
+            return make(*shape, low=low, high=high)
+
+        if arity == 1:
+            yield Sample((some(3, 5),), {}, "small")
+            yield Sample((some(),), {}, "0-dim")
+            yield Sample((some(1031),), {}, "past one block")
+            yield Sample((some(7, 6).t(),), {}, "transposed")
+            yield Sample((some(4, 9)[:, ::2],), {}, "every other column")
+            yield Sample((some(2, 0, 3),), {}, "empty")
+            return
+        yield Sample((some(3, 5), some(3, 5)), {}, "small")
+        yield Sample((some(), some()), {}, "0-dim")
+        yield Sample((some(1031), some(1031)), {}, "past one block")
+        yield Sample((some(4, 1, 3), some(5, 1)), {}, "broadcast")
+        yield Sample((some(6, 7).t(), some(7, 6)), {}, "transposed")
+        yield Sample((some(3, 4), some()), {}, "0-dim operand")
+        yield Sample((some(2, 0), some(2, 1)), {}, "empty")
+
+    return samples

@@ -1,0 +1,242 @@
+"""The vector norms: ``torch.linalg.vector_norm``, and ``torch.norm`` where it means one.
+
+The rule is torch's ``norm_backward`` (FunctionsManual.cpp), which gives subgradient 0 at a norm of
+0 and shares the gradient of an infinity norm evenly among ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
+from ..function import vjp
+from ..kernels import reduction as k
+from ..launchers.reduction import AMAX, AMIN, SUM, reduce
+from ..op import Needs, Op, Spec, Tensors, Unsupported
+from ..sampling import Make, Sample
+from .reduction import (
+    Dim,
+    Params,
+    exact_pointwise,
+    hits_per_row,
+    read,
+    reduction,
+    refuse_empty,
+    restored,
+    standard_samples,
+    total_of,
+)
+
+# ---------------------------------------------------------------------- reading torch's signatures
+
+
+def _bind_vector_norm(
+    input: Tensor,
+    ord: Number = 2,
+    dim: Dim = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensors, Params]:
+    if type(ord) not in (int, float):
+        raise Unsupported(f"order is a {type(ord).__name__}")
+    params = read(input, dim, keepdim, dtype, float(ord))
+    if input.dtype is not params.result and (
+        input.dtype not in FLOATING
+        or torch.promote_types(input.dtype, params.result) is not params.result
+    ):
+        raise Unsupported("dtype would narrow the input")
+    if ord < 0 or ord == math.inf:
+        refuse_empty(input, params.dims)
+    return (input,), params
+
+
+def _bind_norm(
+    input: Tensor,
+    p: Number | str | None = "fro",
+    dim: Dim = None,
+    keepdim: bool = False,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensors, Params]:
+    if out is not None:
+        raise Unsupported("out=")
+    if p is None:
+        p = 2
+    elif isinstance(p, str):
+        if p != "fro" or not (dim is None or isinstance(dim, int) or len(dim) <= 2):
+            raise Unsupported("matrix norm")
+        p = 2
+    return _bind_vector_norm(input, p, dim, keepdim, dtype=dtype)
+
+
+def _bind_norm_method(
+    input: Tensor,
+    p: Number | str | None = "fro",
+    dim: Dim = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensors, Params]:
+    return _bind_norm(input, p, dim, keepdim, None, dtype)
+
+
+def _bind_linalg_norm(
+    input: Tensor,
+    ord: Number | str | None = None,
+    dim: Dim = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensors, Params]:
+    if not isinstance(input, Tensor):
+        raise Unsupported(f"input is a {type(input).__name__}")
+    # How many dimensions decide whether an order is a vector's or a matrix's.
+    count = input.dim() if dim is None else 1 if isinstance(dim, int) else len(dim)
+    if dim is not None and count not in (1, 2):
+        raise Unsupported("norm over other than one or two dimensions")
+    if ord is None:
+        return _bind_vector_norm(input, 2, dim, keepdim, dtype=dtype)
+    if count != 1:
+        raise Unsupported("matrix norm")
+    return _bind_vector_norm(input, ord, dim, keepdim, dtype=dtype)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------- values and derivatives
+
+
+def _norm_forward(params: Params, x: Tensor) -> Tensor:
+    dims, keepdim, result, p = params
+    map_params: tuple[float, ...] = ()
+    finish_params: tuple[float, ...] = ()
+    if p == 0:
+        kind = SUM._replace(map=k.nonzero)
+    elif p == math.inf:
+        kind = AMAX._replace(map=k.absolute)
+    elif p == -math.inf:
+        kind = AMIN._replace(map=k.absolute)
+    elif p == 1 or all(x.shape[d] == 1 for d in dims):
+        # A single element's norm is its absolute value, exactly.
+        kind = SUM._replace(map=k.absolute)
+    elif p == 2:
+        kind = SUM._replace(map=k.square, finish=k.root)
+    else:
+        kind = SUM._replace(map=k.absolute_power, finish=k.power)
+        map_params, finish_params = (p,), (1 / p,)
+    return reduce(kind, (x,), dims, keepdim, result, result, map_params, finish_params)
+
+
+def _norm_saves(params: Params, needs: Needs) -> tuple[int, ...]:
+    return () if params.order == 0 else (0,) if params.order == 1 else (0, 1)
+
+
+def _norm_rule(
+    params: Params, spec: Spec, g: Tensor, x: Tensor | None, out: Tensor | None
+) -> Tensor | None:
+    if params.order == 0:
+        return None  # a count: undefined, says torch
+    assert x is not None
+    x, g = x.to(params.result), restored(g, params)
+    if params.order == 1:
+        dx = torch.sign(x) * g
+    else:
+        assert out is not None
+        dx = _norm_slope(g, x, restored(out, params), params)
+    return dx.to(spec.dtype)
+
+
+def _norm_slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
+    p = params.order
+    if p == 2:
+        return g * torch.where(out == 0, 0.0, x / out)
+    if math.isinf(p):
+        hits = torch.abs(x) == out
+        count = total_of(hits, params, True, COMPUTE_DTYPE[params.result])
+        # A NaN hits nothing; its row has gradient zero, not 0 / 0.
+        count = torch.where(out != out, 1.0, count)
+        return torch.sign(x) * ((g / count) * hits)
+    if p < 1:
+        slope = torch.sign(x) * torch.where(x == 0, 0.0, torch.abs(x) ** (p - 1))
+        return slope * g * out ** (1 - p)
+    scale = torch.where(out == 0, 0.0, g / out ** (p - 1))
+    if p < 2:
+        return torch.sign(x) * torch.abs(x) ** (p - 1) * scale
+    return x * torch.abs(x) ** (p - 2) * scale
+
+
+def _norm_backward(
+    params: Params, spec: Spec, g: Tensor, x: Tensor | None, out: Tensor | None
+) -> Tensor | None:
+    p = params.order
+    if p == 0:
+        return None
+    assert x is not None
+    g = restored(g, params)
+    if p == 1:
+        return exact_pointwise(k.norm_1_bwd, (g, x), params.result, spec.dtype)
+    assert out is not None
+    out = restored(out, params)
+    if p == 2:
+        return exact_pointwise(k.norm_2_bwd, (g, x, out), params.result, spec.dtype)
+    if math.isinf(p):
+        count = hits_per_row(k.absolute_hit, params, x, out)
+        return exact_pointwise(k.norm_inf_bwd, (g, x, out, count), params.result, spec.dtype)
+    compute = COMPUTE_DTYPE[params.result]
+    if compute is not params.result:
+        # out ** (p - 1) would multiply the rounding of a half precision result by p - 1.
+        out = _norm_forward(params._replace(keepdim=True, result=compute), x)
+    scale = exact_pointwise(k.norm_scale, (g, out), compute, compute, (p,))
+    return exact_pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
+
+
+def _norm_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
+    if params.order == 0:
+        return torch.zeros_like(out)
+    # The gradient for g = 1 is the row of the Jacobian that the tangent meets.
+    compute = COMPUTE_DTYPE[params.result]
+    specs = (Spec(x.shape, compute),)
+    (row,) = vjp(op, params, (True,), specs, (torch.ones_like(out),), (x, out), own_level=1)
+    assert row is not None
+    return total_of(row * tangent, params, params.keepdim, compute).to(params.result)
+
+
+def _norm_samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make(3, 0), 3), {"dim": 1}, "of nothing")
+    yield from standard_samples(make)
+    for order in (1, -math.inf, math.inf, 0.5, 1.5, 3, -1):
+        yield Sample((make(3, 5), order), {"dim": 1}, f"order {order}")
+    yield Sample((make(2, 3, 4), 3), {"dim": (0, 2), "keepdim": True}, "order 3, several dims")
+    yield Sample((make(3, 1), 3), {"dim": 1}, "of one element")
+    yield Sample((make(3, 5),), {"dim": 1, "dtype": torch.float64}, "dtype")
+
+
+# ------------------------------------------------------------------------------------------- TABLE
+
+T = Tensor
+_norm: dict[str, Any] = {
+    "forward": _norm_forward,
+    "saves": _norm_saves,
+    "rule": _norm_rule,
+    "backward": _norm_backward,
+    "jvp": _norm_jvp,
+    "samples": _norm_samples,
+    "formula": "dx = g * sign(x) * (abs(x) / out) ** (p - 1)",
+    "autocast": {"cuda": "float32"},
+}
+
+reduction(
+    "vector_norm", torch.linalg.vector_norm,
+    bind=_bind_vector_norm, **_norm,
+    opinfo=("linalg.vector_norm",),
+)  # fmt: skip
+reduction(
+    "norm", torch.norm,
+    bind=_bind_norm,
+    variants={T.norm: _bind_norm_method, torch.linalg.norm: _bind_linalg_norm},
+    **_norm,
+    opinfo=("norm", "norm.fro", "norm.inf", "linalg.norm", "linalg.norm.subgradients_at_zero"),
+)  # fmt: skip
