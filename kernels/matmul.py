@@ -32,7 +32,7 @@ def gemm(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one c, which is dense. `batch_shape` is innermost first, as the batch strides are.
+    """One tile of one c, which is dense. `batch_shape` and the batch strides are innermost first.
 
     Tiles at the edges are masked. That costs no vector access: a bound that is not divisible by 16
     is the length of rows that begin at unaligned addresses anyway.

@@ -19,7 +19,7 @@ tritongrad COMMAND --help says more."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Hand the command line over. Returns the exit status, 2 for a command that there is not."""
-    command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""][:-1] or ["--help"]
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
         return 0

@@ -7,14 +7,13 @@ a doctor is asked where other things are missing.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -103,16 +102,13 @@ class Problem:
 def examine() -> Findings:
     """Look at this machine; runs one small kernel forward and backward on each device."""
     cache = cache_directory()
-    if torch.version.hip is not None:
-        built_for, version = "rocm", torch.version.hip
-    else:
-        built_for, version = "cuda" if torch.version.cuda else "cpu", torch.version.cuda
+    built_for = "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu"
     return Findings(
         python=platform.python_version(),
         system=platform.platform(),
         versions={package: installed(package) for package in REPORTED},
         platform=built_for,
-        platform_version=version,
+        platform_version=torch.version.hip or torch.version.cuda,
         driver=driver_version(),
         gpus=count_gpus(),
         devices=visible_devices(),
@@ -126,9 +122,10 @@ def examine() -> Findings:
 
 def installed(package: str) -> str | None:
     """Version of an installed package."""
+    # Asked of the module: what brings triton may be called pytorch-triton, or otherwise.
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return importlib.import_module(package).__version__
+    except ImportError:
         return None
 
 
@@ -207,10 +204,11 @@ def try_kernel() -> str | None:
         nonlocal launched
         launched += 1
 
-    devices = ["cpu"] if runtime.INTERPRETED else ["cuda:0"]
-    devices += [f"cuda:{i}" for i in range(1, torch.cuda.device_count())]
+    # Without a GPU, compiled kernels are tried all the same: torch says best why there is none.
+    gpus = range(max(torch.cuda.device_count(), 1))
+    device = ""
     try:
-        for device in devices:
+        for device in ["cpu"] if runtime.INTERPRETED else [f"cuda:{i}" for i in gpus]:
             launched = 0
             x = torch.arange(4.0, device=device, requires_grad=True)
             with runtime.observe(count):
@@ -234,11 +232,7 @@ def diagnose(found: Findings) -> list[Problem]:
     for package, minimum in MINIMUM.items():
         version = found.versions[package]
         least = ".".join(map(str, minimum))
-        if version is None:
-            problems.append(
-                Problem(f"{package} is not installed", f"pip install '{package}>={least}'")
-            )
-        elif release(version) < minimum:
+        if version is not None and release(version) < minimum:
             problems.append(
                 Problem(
                     f"{package} {version} is older than {least}, the oldest that is supported",
@@ -292,8 +286,8 @@ def _diagnose_devices(found: Findings) -> list[Problem]:
         else:
             problems.append(
                 Problem(
-                    f"{there}, but torch, built for {found.platform} {found.platform_version}, sees "
-                    f"none (driver {found.driver or 'unknown'})",
+                    f"{there}, but torch, built for {found.platform} {found.platform_version}, "
+                    f"sees none (driver {found.driver or 'unknown'})",
                     "unset CUDA_VISIBLE_DEVICES and HIP_VISIBLE_DEVICES if they hide it; else "
                     "update the driver, or install a build of torch for an older one",
                 )
@@ -352,7 +346,7 @@ def report(found: Findings, problems: Sequence[Problem]) -> str:
     text = [f"{name:<16}{value}" for name, value in lines]
     for problem in problems:
         text += ["", f"problem: {problem.what}", f"remedy:  {problem.remedy}"]
-    text += ["", f"{len(problems)} problems" if problems else "nothing is wrong"]
+    text += ["", f"problems: {len(problems)}" if problems else "nothing is wrong"]
     return "\n".join(text)
 
 

@@ -231,7 +231,9 @@ def apply(op: Op, params: Any, tensors: Tensors) -> Any:
         result = op.function.apply(params, *tensors)
     elif op.differentiable and _wants_derivative(tensors):
         # Function.apply of torch.autograd.Function's base class is the C++ entry: no binding.
-        result = super(torch.autograd.Function, op.function).apply(params, *tensors)
+        result = super(torch.autograd.Function, op.function).apply(  # type: ignore[misc]
+            params, *tensors
+        )
     else:
         result = op.forward(params, *tensors)
     if type(result) is tuple and len(result) > op.outputs:
@@ -424,20 +426,20 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
     reference = op.reference
     wanted = [i for i, need in enumerate(needs) if need]
     received = [i for i, g in enumerate(grads) if g is not None]
-    cotangents = tuple(grads[i] for i in received)
+    cotangents: tuple[Any, ...] = tuple(grads[i] for i in received)
 
     def outputs(*primals: Tensor) -> tuple[Tensor, ...]:
-        full = list(tensors)
+        full: list[Any] = list(tensors)
         for i, primal in zip(wanted, primals, strict=True):
             full[i] = primal
-        found = reference(params, *full)
+        found: Any = reference(params, *full)
         return tuple(found[i] for i in received)
 
     primals: list[Any] = [tensors[i] for i in wanted]
     found: Sequence[Tensor | None]
     if _functorch_active():
         with rules():
-            _, pull = torch.func.vjp(outputs, *primals)
+            pull = torch.func.vjp(outputs, *primals)[1]
             found = pull(cotangents)
     else:
         create_graph = torch.is_grad_enabled()

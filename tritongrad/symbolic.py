@@ -21,7 +21,9 @@ class Symbol:
         return self.text
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Symbol:
         parts = [str(a) for a in args] + [f"{n}={v}" for n, v in (kwargs or {}).items()]
         return Symbol(f"{func.__name__}({', '.join(parts)})")
 

@@ -25,8 +25,9 @@ class Tile(NamedTuple):
 
 # From the largest to the smallest, of each size the squarest first: a tile of m by n reads
 # (m + n) / (m n) elements for each product, so large square tiles read least. What bounds them is
-# registers (the accumulator takes m n / (32 warps) of 255 a thread) and shared memory (stages copies
-# of k (m + n) elements; sm_90 has 227 KiB, gfx942 64). None spills on sm_80 or later.
+# registers (the accumulator takes m n / (32 warps) of 255 a thread) and shared memory (as many
+# copies of k (m + n) elements as stages; sm_90 has 227 KiB, gfx942 64). None spills on sm_80 or
+# later.
 _HALF = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 64, 64, 4, 4),
@@ -92,16 +93,10 @@ def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...
 
 @lru_cache(maxsize=4096)
 def _configuration(
-    dtype: torch.dtype,
-    precision: str,
-    batch: int,
-    m: int,
-    n: int,
-    k_: int,
-    aligned: bool,
-    wide: bool,
+    dtype: torch.dtype, precision: str, sizes: tuple[int, int, int, int], aligned: bool, wide: bool
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and constexprs of a product of these sizes."""
+    """Grid and constexprs of a product; ``sizes`` are those of batch, rows, columns and depth."""
+    batch, m, n, depth = sizes
     limit_m, limit_n = max(next_power_of_two(m), 16), max(next_power_of_two(n), 16)
     fitting = [t for t in _tiles(dtype, precision, aligned) if t.m <= limit_m and t.n <= limit_n]
     for tile in fitting:
@@ -110,7 +105,7 @@ def _configuration(
             break
     meta = {
         "PRECISION": precision,
-        "EVEN_K": k_ % tile.k == 0,
+        "EVEN_K": depth % tile.k == 0,
         "WIDE": wide,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
@@ -150,7 +145,7 @@ def _collapse_batch(a: Tensor, b: Tensor, batch_shape: torch.Size) -> _Batch:
     return _Batch(tuple(sizes), tuple(merged_a), tuple(merged_b), rows, a_strides[-2])
 
 
-_NO_BATCH = ((), (), ())
+_NO_BATCH: tuple[tuple[int, ...], ...] = ((), (), ())
 
 
 def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -158,41 +153,42 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shapes fit, and dtypes are equal (checked when the call was bound). The result is contiguous.
     """
-    rows, depth = a.shape[-2:]
-    stride_am, stride_ak = a.stride()[-2:]
-    stride_bk, stride_bn = b.stride()[-2:]
-    columns = b.shape[-1]
+    batch, batch_arguments = 1, _NO_BATCH
     if a.dim() == 2 == b.dim():
-        out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
-        batch, batch_arguments, batch_reach = 1, _NO_BATCH, 0
+        rows, depth = a.shape
+        columns = b.shape[1]
+        stride_am, stride_ak = a.stride()
+        stride_bk, stride_bn = b.stride()
+        out = a.new_empty((rows, columns))
+        if rows == 0 or columns == 0:
+            return out
     else:
+        rows, depth = a.shape[-2:]
+        columns = b.shape[-1]
+        stride_ak = a.stride(-1)
+        stride_bk, stride_bn = b.stride()[-2:]
         batch_shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        out = torch.empty((*batch_shape, rows, columns), dtype=a.dtype, device=a.device)
+        out = a.new_empty((*batch_shape, rows, columns))
         if out.numel() == 0:
             return out
         found = _collapse_batch(a, b, batch_shape)
         rows, stride_am = found.rows, found.stride_am
         batch_arguments = found[:3]
         batch = out.numel() // (rows * columns)
-    if out.numel() == 0:
-        return out
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    dtype = a.dtype
-    wide = (
-        max(
-            rows * columns,
-            rows * stride_am + depth * stride_ak,
-            depth * stride_bk + columns * stride_bn,
-        )
-        > INT32_MAX
+    a_reach = rows * stride_am + depth * stride_ak
+    b_reach = depth * stride_bk + columns * stride_bn
+    wide = max(rows * columns, a_reach, b_reach) > INT32_MAX
+    # Unless one stride of a matrix is 1, nothing about it is aligned.
+    aligned = (
+        (stride_am == 1 or stride_ak == 1)
+        and (stride_bk == 1 or stride_bn == 1)
+        and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | columns) % 16 == 0
     )
-    # One stride of a matrix is 1, or else nothing about it is aligned.
-    aligned = (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | columns) % 16 == 0 and min(
-        stride_am, stride_ak
-    ) == 1 == min(stride_bk, stride_bn)
+    dtype = a.dtype
     precision = _float32_precision() if dtype is torch.float32 else "ieee"
-    grid, meta = _configuration(dtype, precision, batch, rows, columns, depth, aligned, wide)
+    grid, meta = _configuration(dtype, precision, (batch, rows, columns, depth), aligned, wide)
     launch_prepared(
         k.gemm,
         grid,

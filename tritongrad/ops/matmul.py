@@ -51,21 +51,16 @@ _INNER = Sum((-1,))
 # ---------------------------------------------------------------------- reading torch's signatures
 
 
-def _admit_all(**operands: Any) -> None:
-    """Raise Unsupported unless these multiply: tensors of one floating dtype and device."""
-    first: Tensor | None = None
-    for name, value in operands.items():
-        if not isinstance(value, Tensor):
-            raise Unsupported(f"{name} is a {type(value).__name__}")
-        admit(value)
-        if first is None:
-            first = value
-            if value.dtype not in FLOATING:
-                raise Unsupported(f"dtype {str(value.dtype).removeprefix('torch.')}")
-        elif value.dtype is not first.dtype:
-            raise Unsupported("operands of different dtypes")
-        elif value.device != first.device:
-            raise Unsupported("tensors on different devices")
+def _admit_pair(a: Tensor, b: Tensor) -> None:
+    """Raise Unsupported unless these multiply: two tensors of one floating dtype on one device."""
+    admit(a)
+    admit(b)
+    if a.dtype not in FLOATING:
+        raise Unsupported(f"dtype {str(a.dtype).removeprefix('torch.')}")
+    if a.dtype is not b.dtype:
+        raise Unsupported("operands of different dtypes")
+    if a.device != b.device:
+        raise Unsupported("tensors on different devices")
 
 
 def _is_transposed(matrix: Tensor) -> bool:
@@ -80,35 +75,35 @@ def _matrices(a: Tensor, b: Tensor) -> tuple[Tensors, Matrices]:
 
 
 def _bind_dot(input: Tensor, tensor: Tensor) -> tuple[Tensors, Params]:
-    _admit_all(input=input, tensor=tensor)
+    _admit_pair(input, tensor)
     if not input.dim() == tensor.dim() == 1 or input.shape != tensor.shape:
         raise Unsupported("not two vectors of one size")
     return (input, tensor), _INNER
 
 
 def _bind_mv(input: Tensor, vec: Tensor) -> tuple[Tensors, Params]:
-    _admit_all(input=input, vec=vec)
+    _admit_pair(input, vec)
     if input.dim() != 2 or vec.dim() != 1 or input.shape[1] != vec.shape[0]:
         raise Unsupported("not a matrix and a vector that fit")
     return (input, vec), _INNER
 
 
 def _bind_mm(input: Tensor, mat2: Tensor) -> tuple[Tensors, Params]:
-    _admit_all(input=input, mat2=mat2)
+    _admit_pair(input, mat2)
     if not input.dim() == mat2.dim() == 2:
         raise Unsupported("not two matrices")
     return _matrices(input, mat2)
 
 
 def _bind_bmm(input: Tensor, mat2: Tensor) -> tuple[Tensors, Params]:
-    _admit_all(input=input, mat2=mat2)
+    _admit_pair(input, mat2)
     if not input.dim() == mat2.dim() == 3 or input.shape[0] != mat2.shape[0]:
         raise Unsupported("not two batches of one size")
     return _matrices(input, mat2)
 
 
 def _bind_matmul(input: Tensor, other: Tensor) -> tuple[Tensors, Params]:
-    _admit_all(input=input, other=other)
+    _admit_pair(input, other)
     if input.dim() == 0 or other.dim() == 0:
         raise Unsupported("0-dim operand")
     if input.dim() == 1 != other.dim():
@@ -130,16 +125,15 @@ def _bind_rmatmul(self: Tensor, other: Tensor) -> tuple[Tensors, Params]:
 def _bind_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensors, Params]:
-    if bias is None:
-        _admit_all(input=input, weight=weight)
-    else:
-        _admit_all(input=input, weight=weight, bias=bias)
-        if weight.dim() != 2 or bias.shape != weight.shape[:1]:
-            raise Unsupported("bias is not a vector of one number for each row of weight")
+    _admit_pair(input, weight)
     if weight.dim() != 2:
         raise Unsupported("weight is not a matrix")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise Unsupported("inner sizes differ")
+    if bias is not None:
+        _admit_pair(weight, bias)
+        if bias.shape != weight.shape[:1]:
+            raise Unsupported("bias is not a vector of one number for each row of weight")
     return (input, weight, bias), _MATRICES[_is_transposed(weight)]
 
 

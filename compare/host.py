@@ -1,0 +1,263 @@
+"""``compare host``: what a call costs on the host, beside its kernels.
+
+Launches do nothing, so what is left is ours: reading arguments, allocating, recording for backward.
+The yardstick is the least that any op of its kind costs in Python, a ``torch.autograd.Function``
+that clones and saves its input, timed in turns with the op, so that a busy machine slows both.
+Every path has its own: under a transform, the same function under the same transform.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tritongrad import runtime, use
+from tritongrad.op import OPS, Op
+from tritongrad.sampling import Random
+
+from .terminal import add_json_option, choose, make_console, plural, tracked, write_json
+
+Clock = Callable[[], float]
+Call = Callable[[], Any]
+Batch = Callable[[int], None]
+"""Makes so many calls."""
+
+
+class Bare(torch.autograd.Function):
+    """The yardstick of eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class BareTransformable(torch.autograd.Function):
+    """The yardstick of calls under ``torch.func``, which wants another form of Function."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way into an op.
+
+    Attributes:
+        limit: how many yardsticks it may cost, None where none is promised.
+        calls: calls timed together.
+    """
+
+    title: str
+    limit: float | None
+    calls: int
+
+
+PATHS = {
+    "direct": Path("no gradient", 1.0, 50),
+    "gradient": Path("with gradient", 2.0, 50),
+    "mode": Path("with gradient, use()", None, 50),
+    "vjp": Path("torch.func.vjp", None, 10),
+    "vmap": Path("torch.vmap", None, 10),
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Host time of one op on one path; medians, in microseconds a call.
+
+    Attributes:
+        ratio: median of the quotients of neighbouring measurements, not quotient of the medians.
+    """
+
+    op: str
+    path: str
+    microseconds: float
+    bare_microseconds: float
+    ratio: float
+
+    @property
+    def exceeds(self) -> bool:
+        limit = PATHS[self.path].limit
+        return limit is not None and self.ratio > limit
+
+
+def repeated(call: Call) -> Batch:
+    """``call`` so many times."""
+
+    def batch(count: int) -> None:
+        for _ in range(count):
+            call()
+
+    return batch
+
+
+def rerouted(call: Call) -> Batch:
+    """``call`` so many times inside one ``use()``."""
+
+    def batch(count: int) -> None:
+        with use():
+            for _ in range(count):
+                call()
+
+    return batch
+
+
+def prepare(op: Op, path: str, device: str) -> tuple[Batch, Batch] | None:
+    """The first sample of ``op`` on ``path``, and the yardstick; None if the op has no such path.
+
+    Derivatives are with respect to all of the sample's floating-point tensors.
+    """
+    if op.samples is None or (path != "vmap" and path != "direct" and not op.differentiable):
+        return None
+    args, kwargs, _ = next(iter(op.samples(Random(torch.float32, device))))
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    plain = [args[i].detach() for i in places]
+
+    def filled(tensors: Sequence[Tensor]) -> list[Any]:
+        full = list(args)
+        for i, tensor in zip(places, tensors, strict=True):
+            full[i] = tensor
+        return full
+
+    def function(*tensors: Tensor) -> Any:
+        return op(*filled(tensors), **kwargs)
+
+    if path == "vjp":
+        return (
+            repeated(lambda: torch.func.vjp(function, *plain)),
+            repeated(lambda: torch.func.vjp(BareTransformable.apply, plain[0])),
+        )
+    if path == "vmap":
+        batched = [torch.stack([t, t]) for t in plain]
+        ours, bare = torch.vmap(function), torch.vmap(BareTransformable.apply)
+        return repeated(lambda: ours(*batched)), repeated(lambda: bare(batched[0]))
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in plain]
+    yardstick = repeated(lambda: Bare.apply(leaves[0]))
+    if path == "direct":
+        # Nothing is recorded; the yardstick records, and that is the limit.
+        given = filled(plain)
+        return repeated(lambda: op(*given, **kwargs)), yardstick
+    given = filled(leaves)
+    if path == "mode":
+        return rerouted(lambda: op.replaces[0](*given, **kwargs)), yardstick
+    return repeated(lambda: op(*given, **kwargs)), yardstick
+
+
+def measure(
+    op: Op, path: str, repeats: int, clock: Clock = time.perf_counter, device: str = "cpu"
+) -> Timing | None:
+    """Time ``op`` on ``path`` and the yardstick in turns; None if the op has no such path."""
+    batches = prepare(op, path, device)
+    if batches is None:
+        return None
+    calls = PATHS[path].calls
+    pairs: list[list[float]] = []
+    with runtime.stub(), no_collection():
+        for batch in batches:
+            batch(calls)  # what is computed once is computed now
+        for _ in range(repeats):
+            seconds = []
+            for batch in batches:
+                start = clock()
+                batch(calls)
+                seconds.append((clock() - start) / calls)
+            pairs.append(seconds)
+    return Timing(
+        op=op.name,
+        path=path,
+        microseconds=1e6 * statistics.median(ours for ours, _ in pairs),
+        bare_microseconds=1e6 * statistics.median(bare for _, bare in pairs),
+        ratio=statistics.median(ours / bare for ours, bare in pairs),
+    )
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection inside: it would strike one side or the other by chance."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def present(timings: Sequence[Timing], console: Console) -> None:
+    """Print one row for each op, and which ops are over a limit."""
+    table = Table(title="host microseconds a call, and × the yardstick's")
+    table.add_column("op")
+    for path in PATHS.values():
+        limit = "" if path.limit is None else f"\nat most {path.limit:g}×"
+        table.add_column(path.title + limit, justify="right")
+    for op, group in itertools.groupby(timings, key=lambda timing: timing.op):
+        found = {timing.path: timing for timing in group}
+        table.add_row(op, *(_cell(found.get(path)) for path in PATHS))
+    console.print(table)
+    for name, path in PATHS.items():
+        bare = [timing.bare_microseconds for timing in timings if timing.path == name]
+        if bare:
+            yardstick = f"yardstick, {path.title}: {statistics.median(bare):.1f} us"
+            console.print(yardstick, highlight=False)
+    for name, path in PATHS.items():
+        over = [f"{t.op} {t.ratio:.2f}×" for t in timings if t.path == name and t.exceeds]
+        if over:
+            console.print(f"over {path.limit:g}× {path.title}: {', '.join(over)}", style="red")
+    count = sum(timing.exceeds for timing in timings)
+    console.print(f"{plural(len(timings), 'timing')}, {count} over the limit")
+
+
+def _cell(timing: Timing | None) -> str:
+    if timing is None:
+        return "–"
+    text = f"{timing.microseconds:.1f}  {timing.ratio:.2f}×"
+    return f"[red]{text}[/]" if timing.exceeds else text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Returns 0: a time depends on the machine, so none is a failure."""
+    parser = argparse.ArgumentParser(prog="compare host", description=__doc__)
+    parser.add_argument("--only", action="append", metavar="OP", help="an op")
+    parser.add_argument("--repeats", type=int, default=51, help="measurements of each (51)")
+    add_json_option(parser)
+    options = parser.parse_args(arguments)
+    names = choose(parser, options.only, OPS)
+    device = "cpu" if runtime.INTERPRETED else "cuda"
+    console = make_console()
+    found = [
+        measure(OPS[name], path, options.repeats, device=device)
+        for name in tracked(names, "timing", console)
+        for path in PATHS
+    ]
+    timings = [timing for timing in found if timing is not None]
+    present(timings, console)
+    if options.json is not None:
+        write_json(options.json, [asdict(t) | {"exceeds": t.exceeds} for t in timings])
+    return 0
