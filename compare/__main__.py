@@ -41,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(module)
     except ModuleNotFoundError as problem:
-        if problem.name is None or problem.name.partition(".")[0] not in EXTRA:
+        missing = (problem.name or "").partition(".")[0]
+        if missing not in EXTRA:
             raise
-        print(f"compare needs {problem.name}: pip install tritongrad[compare]", file=sys.stderr)
+        print(f"compare needs {missing}: pip install tritongrad[compare]", file=sys.stderr)
         return 2
     return command.main(arguments)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tritongrad import runtime, use
 
-from .measure import Errors, arithmetic_on_torch, compare, error
+from .measure import DEVICE, Errors, arithmetic_on_torch, compare, error
 
 DOCUMENT = Path(__file__).with_name("automatic-differentiation.md")
 
@@ -159,7 +159,7 @@ class Notebook:
     def __init__(self) -> None:
         self.variables: dict[str, Any] = {
             "torch": torch,
-            "x": torch.arange(4.0),
+            "x": torch.arange(4.0, device=DEVICE),
             "f": f,
             "_holds": self._holds,
         }
@@ -167,9 +167,9 @@ class Notebook:
         self._asserting = False
 
     def run(self, code: str) -> None:
-        """Execute ``code`` as it stands, assertions elementwise."""
+        """Execute ``code`` as it stands, assertions elementwise, new tensors where kernels run."""
         tree = ast.fix_missing_locations(_Elementwise().visit(ast.parse(code)))
-        with runtime.observe(self._count):
+        with runtime.observe(self._count), torch.device(DEVICE):
             exec(compile(tree, DOCUMENT.name, "exec"), self.variables)
 
     def _holds(self, test: Callable[[], Any]) -> bool:
@@ -216,26 +216,33 @@ def check(example: Example) -> Errors:
     The last one draws its input, so it is run with many seeds.
     """
     if example.source == "x":
-        return _check_once(example, seed=0)
+        total, source = _run(example, seed=0)
+        total.merge(_derivatives(example, source))
+        return total
     total = Errors()
-    positive = 0
+    branches: dict[bool, Tensor] = {}
     for seed in range(SEEDS):
-        total.merge(_check_once(example, seed), f"seed {seed}")
-        torch.manual_seed(seed)
-        positive += int(torch.randn(()) > 0)
-    # b is a times a power of two, so the sign of a decides which branch of f is taken.
-    if not 0 < positive < SEEDS:
+        errors, source = _run(example, seed)
+        total.merge(errors, f"seed {seed}")
+        # b is a times a power of two, so the sign of a decides which branch of f is taken.
+        branches.setdefault(bool(source > 0), source)
+    for source in branches.values():
+        total.merge(_derivatives(example, source), f"a = {source.item():.3g}")
+    if len(branches) < 2:
         total.problems.append(f"all of {SEEDS} seeds took the same branch of f")
     return total
 
 
-def _check_once(example: Example, seed: int) -> Errors:
+def _run(example: Example, seed: int) -> tuple[Errors, Tensor]:
+    """Run an example as printed, with ``use()`` and without. Returns what it was differentiated
+    by, too."""
     ours, native = Notebook(), Notebook()
     above = blocks(DOCUMENT.read_text())[: example.block]
     for code in above:
         native.run(code)
     torch.manual_seed(seed)
     native.run(example.code())
+    source = native.variables[example.source]
     with use() as session:
         try:
             for code in above:
@@ -246,18 +253,26 @@ def _check_once(example: Example, seed: int) -> Errors:
             ours.run(example.code())
         except Exception as problem:
             about = f"{type(problem).__name__}: {problem}".removesuffix(": ")
-            return Errors(problems=[about], fell_back=arithmetic_on_torch(session))
+            found = arithmetic_on_torch(session)
+            return Errors(problems=[about], fell_back=found), source.detach()
 
-    source = native.variables[example.source].detach()
-    inputs = [source.clone().requires_grad_() for _ in range(2)]
-    errors = compare(as_function(example), inputs[:1], inputs[1:])
-    here, there = ours.variables, native.variables
-    errors.note("forward", error(here[example.result], there[example.result]))
-    errors.note("gradient", error(here[example.source].grad, there[example.source].grad))
-    errors.forward_kernels, errors.backward_kernels = ours.forward, ours.backward
-    errors.fell_back += arithmetic_on_torch(session)
-    errors.problems += example.verify(ours.variables)
+    errors = Errors(
+        forward_kernels=ours.forward,
+        backward_kernels=ours.backward,
+        fell_back=arithmetic_on_torch(session),
+        problems=list(example.verify(ours.variables)),
+    )
+    errors.note("forward", error(ours.variables[example.result], native.variables[example.result]))
+    errors.note("gradient", error(ours.variables[example.source].grad, source.grad))
     for part, kernels in (("forward", ours.forward), ("backward", ours.backward)):
         if not kernels:
             errors.problems.append(f"{part} launches no Triton kernel")
+    return errors, source.detach()
+
+
+def _derivatives(example: Example, source: Tensor) -> Errors:
+    """Compare what an example does not ask for: second order and forward mode at ``source``."""
+    inputs = [source.clone().requires_grad_() for _ in range(2)]
+    errors = compare(as_function(example), inputs[:1], inputs[1:])
+    errors.forward_kernels = errors.backward_kernels = 0
     return errors

@@ -27,6 +27,7 @@ from tritongrad import runtime, use
 from tritongrad.op import OPS, Op
 from tritongrad.sampling import Random
 
+from .measure import DEVICE
 from .terminal import add_json_option, choose, make_console, plural, tracked, write_json
 
 Clock = Callable[[], float]
@@ -84,8 +85,8 @@ PATHS = {
     "direct": Path("no gradient", 1.0, 50),
     "gradient": Path("with gradient", 2.0, 50),
     "mode": Path("with gradient, use()", None, 50),
-    "vjp": Path("torch.func.vjp", None, 10),
-    "vmap": Path("torch.vmap", None, 10),
+    "vjp": Path("torch.func.vjp", None, 4),
+    "vmap": Path("torch.vmap", None, 4),
 }
 
 
@@ -130,14 +131,14 @@ def rerouted(call: Call) -> Batch:
     return batch
 
 
-def prepare(op: Op, path: str, device: str) -> tuple[Batch, Batch] | None:
+def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
     """The first sample of ``op`` on ``path``, and the yardstick; None if the op has no such path.
 
     Derivatives are with respect to all of the sample's floating-point tensors.
     """
     if op.samples is None or (path != "vmap" and path != "direct" and not op.differentiable):
         return None
-    args, kwargs, _ = next(iter(op.samples(Random(torch.float32, device))))
+    args, kwargs, _ = next(iter(op.samples(Random(torch.float32, DEVICE))))
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     plain = [args[i].detach() for i in places]
 
@@ -171,11 +172,9 @@ def prepare(op: Op, path: str, device: str) -> tuple[Batch, Batch] | None:
     return repeated(lambda: op(*given, **kwargs)), yardstick
 
 
-def measure(
-    op: Op, path: str, repeats: int, clock: Clock = time.perf_counter, device: str = "cpu"
-) -> Timing | None:
+def measure(op: Op, path: str, repeats: int, clock: Clock = time.perf_counter) -> Timing | None:
     """Time ``op`` on ``path`` and the yardstick in turns; None if the op has no such path."""
-    batches = prepare(op, path, device)
+    batches = prepare(op, path)
     if batches is None:
         return None
     calls = PATHS[path].calls
@@ -249,10 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_json_option(parser)
     options = parser.parse_args(arguments)
     names = choose(parser, options.only, OPS)
-    device = "cpu" if runtime.INTERPRETED else "cuda"
     console = make_console()
     found = [
-        measure(OPS[name], path, options.repeats, device=device)
+        measure(OPS[name], path, options.repeats)
         for name in tracked(names, "timing", console)
         for path in PATHS
     ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tritongrad import use
+from tritongrad import runtime, use
 from tritongrad.reroute import HARMLESS
 from tritongrad.runtime import Session
 from tritongrad.sampling import Sample, tensors
@@ -44,6 +44,9 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
 
 SLACK = 4.0
 """How much further from the exact result than torch's a sum of cancelling terms may be."""
+
+DEVICE = torch.device("cpu" if runtime.INTERPRETED else "cuda")
+"""Where our kernels run on this machine."""
 
 QUANTITIES = {"forward": 0, "gradient": 1, "second": 2, "jvp": 1}
 """What is compared, in the order in which it is computed -> its order of differentiation."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from tritongrad.op import Op
 from tritongrad.sampling import Random, Sample, clone, tensors
 
-from .measure import Derivation, Errors, calling, compare, leaves
+from .measure import DEVICE, Derivation, Errors, calling, compare, leaves
 from .terminal import dtype_name
 
 DTYPES = (torch.float64, torch.float32)
@@ -47,14 +47,14 @@ def _in_float64(sample: Sample) -> Sample:
     return Sample(tuple(map(widen, sample.args)), kwargs, sample.note)
 
 
-def check_all(op: Op, device: str = "cpu") -> Errors:
+def check_all(op: Op) -> Errors:
     """``check`` on every sample of ``op`` in float64 and float32, taken together."""
     total = Errors()
     if op.samples is None:
         total.problems.append("no samples")
         return total
     for dtype in DTYPES:
-        for sample in op.samples(Random(dtype, device)):
+        for sample in op.samples(Random(dtype, DEVICE)):
             about = f"{dtype_name(dtype)}, {sample.note or 'unnamed sample'}"
             try:
                 total.merge(check(op, sample, dtype), about)

@@ -19,7 +19,7 @@ SUMMED = Tolerance(1e-10, 1e-10)
 
 
 def small(
-    name: str, dtype: torch.dtype = torch.float64, limit: int = 120, most: int = 8
+    name: str, dtype: torch.dtype = torch.float64, limit: int = 120, most: int = 6
 ) -> list[Call]:
     """Samples of the op with something to derive, none of over ``limit`` elements, and of many an
     even selection: the interpreter takes a millisecond for each program."""
@@ -31,9 +31,9 @@ def small(
     return found[:: -(-len(found) // most)]
 
 
-def agree(name: str, scenario: Scenario, tolerance: Tolerance | None = None) -> None:
-    """``scenario`` gives on the op what it gives on native torch, for every small sample."""
-    for call in small(name):
+def agree(name: str, scenario: Scenario, tolerance: Tolerance | None = None, most: int = 4) -> None:
+    """``scenario`` gives on the op what it gives on native torch, for its small samples."""
+    for call in small(name, most=most):
         assert_same(
             scenario(call.triton, call.inputs),
             scenario(call.torch, call.inputs),

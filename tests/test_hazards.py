@@ -97,13 +97,14 @@ def test_third_order(name: str) -> None:
         return gradients([square_sum(second)], inputs)
 
     # Three sums over squares of squares: relative error grows with each.
-    agree(name, scenario, Tolerance(1e-9, 1e-9))
+    agree(name, scenario, Tolerance(1e-9, 1e-9), most=2)
 
 
 @each_op
 def test_functional_hessian(name: str) -> None:
     """2: ``autograd.functional.hessian`` is not zero where torch's is not."""
-    call = next(c for c in small(name) if all(t.numel() for t in c.inputs))
+    filled = [c for c in small(name, most=100) if all(t.numel() for t in c.inputs)]
+    call = min(filled, key=lambda c: abs(sum(t.numel() for t in c.inputs) - 8))
 
     def hessian(f):
         def loss(*inputs):
@@ -156,7 +157,7 @@ def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_nothing_overwritten(name: str, dtype: torch.dtype) -> None:
     """4: inputs, saved tensors and incoming gradients keep their bits."""
-    for call in small(name, dtype):
+    for call in small(name, dtype, most=3):
         saved: list[Tensor] = []
         with saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             outputs = linked(call.triton(*call.inputs))
@@ -348,7 +349,7 @@ def test_anomaly_mode(name: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpoint(name: str, reentrant: bool) -> None:
     """8: both kinds of checkpoint, backward inside ``use()`` so that both passes meet our ops."""
-    for call in small(name)[:3]:
+    for call in small(name, most=3):
         again = 0
 
         def square(*inputs: Tensor, call: Call = call) -> Tensor:
@@ -419,7 +420,7 @@ def test_saved_tensors_hooks(name: str) -> None:
         return gradients([square_sum(first)], inputs)
 
     agree(name, scenario)
-    agree(name, scenario_twice, SUMMED)
+    agree(name, scenario_twice, SUMMED, most=2)
 
 
 # ------------------------------------------------------------------------------- 26: determinism

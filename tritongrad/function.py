@@ -305,6 +305,8 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
         return (None, *result)
 
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        if not differentiable:
+            return None
         params, _, session = ctx.call
         # What was saved still carries the tangents of this very level.
         saved = [
@@ -380,21 +382,24 @@ def settle(tensor: Tensor) -> Tensor:
 
 
 def _kernel_sees_everything(tensors: Tensors, own_level: int) -> bool:
-    """Whether a backward kernel may stand for the rule here.
-
-    Not for tensors that carry a forward-mode tangent (the rule's operations propagate it), for
-    tensor subclasses, nor under a tracer.
-    """
-    if _dispatch_modes() or _is_tracing():
-        return False
+    """Whether a backward kernel may stand for the rule here: not for tensors that carry a
+    forward-mode tangent, because the rule's operations propagate it."""
     if forward_ad._current_level >= 0 and _carries_tangents(tensors, own_level):
+        return False
+    return launchable(tensors)
+
+
+def launchable(tensors: Tensors) -> bool:
+    """Whether our kernels may compute with ``tensors``: not under a tracer, which must see ATen
+    operators, nor with anything but memory under its wrappers (zeros of forward mode)."""
+    if _dispatch_modes() or _is_tracing():
         return False
     for tensor in tensors:
         if tensor is None:
             continue
         while _is_wrapped(tensor):
             tensor = _unwrapped(tensor)
-        if type(tensor) not in PLAIN_TYPES:
+        if not is_plain(tensor):
             return False
     return True
 

@@ -31,10 +31,13 @@ def call(op: Op, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) 
     return func(*args, **kwargs)
 
 
-@torch._dynamo.assume_constant_result
 def _transforming() -> bool:
-    # A constant of the trace: Dynamo guards on the transforms around it by itself.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# A constant of the trace: Dynamo guards on the transforms around it by itself. This is the mark that
+# torch.compiler.assume_constant_result leaves, which would import all of Dynamo to do so.
+_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _eligible(args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -64,9 +67,14 @@ def define(op: Op) -> None:
     _library.define(
         f"{backward_name}(Tensor[] grads, {plain}, Tensor[] outputs, bool[] needs) -> Tensor[]"
     )
+    defaults = tuple(a.default_value for a in arguments)
     is_tensor = [_type_text(a).startswith("Tensor") for a in arguments]
     forward_op = getattr(torch.ops.tritongrad, name).default
     backward_op = getattr(torch.ops.tritongrad, backward_name).default
+
+    def complete(args: tuple) -> tuple:
+        # The dispatcher leaves out trailing arguments that have their default.
+        return (*args, *defaults[len(args) :])
 
     def forward(*args: Any) -> Any:
         try:
@@ -113,6 +121,7 @@ def define(op: Op) -> None:
             return (None, *[next(found) if want else None for want in wanted])
 
     def autograd(keys: Any, *args: Any) -> Any:
+        args = complete(args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         if forward_ad._current_level >= 0 and any(
             forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors

@@ -197,6 +197,8 @@ def register(op: Op) -> Op:
             raise ValueError(f"{target} is taken by op {TARGETS[target][0].name!r}")
     OPS[op.name] = op
     TARGETS.update({target: (op, bind) for target, bind in binds.items() if bind is not None})
+    # Made now: what compiled code calls must not be made while it is being traced.
+    _ = op.entry
     if op.schema is not None:
         from .library import define
 

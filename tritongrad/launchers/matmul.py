@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import matmul as k
-from ..layout import INT32_MAX, collapse, expanded_strides, next_power_of_two
+from ..layout import INT32_MAX, Strides, collapse, next_power_of_two
 from ..runtime import launch_prepared
 
 
@@ -91,61 +93,91 @@ def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...
     return (_HALF_HOPPER, *_HALF) if _HAS_WGMMA and aligned else _HALF
 
 
-@lru_cache(maxsize=4096)
-def _configuration(
-    dtype: torch.dtype, precision: str, sizes: tuple[int, int, int, int], aligned: bool, wide: bool
-) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and constexprs of a product; ``sizes`` are those of batch, rows, columns and depth."""
-    batch, m, n, depth = sizes
+def _tile(dtype: torch.dtype, precision: str, aligned: bool, sizes: tuple[int, int, int]) -> Tile:
+    """The largest tile that fills the GPU, of those that are not larger than the result."""
+    batch, m, n = sizes
     limit_m, limit_n = max(next_power_of_two(m), 16), max(next_power_of_two(n), 16)
     fitting = [t for t in _tiles(dtype, precision, aligned) if t.m <= limit_m and t.n <= limit_n]
     for tile in fitting:
-        programs = batch * -(-m // tile.m) * -(-n // tile.n)
-        if programs >= FILL:
-            break
+        if batch * -(-m // tile.m) * -(-n // tile.n) >= FILL:
+            return tile
+    return fitting[-1]
+
+
+def _walk(own: Sequence[int], strides: Strides, shape: torch.Size) -> Strides:
+    """Strides through a batch of ``shape`` of an operand whose own is to be broadcast."""
+    missing = len(shape) - len(own)
+    return (0,) * missing + tuple([0 if n == 1 else s for n, s in zip(own, strides, strict=True)])
+
+
+class Plan(NamedTuple):
+    """How operands of certain shapes and strides are multiplied.
+
+    Attributes:
+        shape: of the result.
+        grid: None if the result is empty.
+        geometry: the kernel's arguments after its pointers.
+        meta: its constexprs.
+    """
+
+    shape: torch.Size
+    grid: tuple[int] | None
+    geometry: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    a_shape: torch.Size,
+    a_strides: Strides,
+    b_shape: torch.Size,
+    b_strides: Strides,
+    dtype: torch.dtype,
+    precision: str,
+) -> Plan:
+    batch_shape = torch.broadcast_shapes(a_shape[:-2], b_shape[:-2])
+    (m, depth), n = a_shape[-2:], b_shape[-1]
+    shape = torch.Size((*batch_shape, m, n))
+    if 0 in shape:
+        return Plan(shape, None, (), {})
+    a_walk = _walk(a_shape[:-2], a_strides[:-2], batch_shape)
+    b_walk = _walk(b_shape[:-2], b_strides[:-2], batch_shape)
+    (stride_am, stride_ak), (stride_bk, stride_bn) = a_strides[-2:], b_strides[-2:]
+    if any(b_walk):
+        order = range(len(batch_shape) - 1, -1, -1)
+        sizes, (a_batch, b_batch) = collapse(batch_shape, [a_walk, b_walk], order)
+    else:
+        # One b serves the whole batch, as a weight does: the matrices of a lie below one another in
+        # one product with many rows, as far as the strides of a allow.
+        order = range(len(batch_shape), -1, -1)
+        (m, *sizes), (a_rows,) = collapse((*batch_shape, m), [(*a_walk, stride_am)], order)
+        stride_am, *a_batch = a_rows
+        b_batch = [0] * len(sizes)
+    batch = math.prod(sizes)
+    # A matrix of which neither stride is 1 has nothing that is aligned.
+    aligned = (
+        1 in (stride_am, stride_ak)
+        and 1 in (stride_bk, stride_bn)
+        and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | n) % 16 == 0
+    )
+    tile = _tile(dtype, precision, aligned, (batch, m, n))
+    a_reach = m * stride_am + depth * stride_ak
+    b_reach = depth * stride_bk + n * stride_bn
     meta = {
         "PRECISION": precision,
         "EVEN_K": depth % tile.k == 0,
-        "WIDE": wide,
+        "WIDE": max(m * n, a_reach, b_reach) > INT32_MAX,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    return (programs,), meta
-
-
-class _Batch(NamedTuple):
-    """The batch of a product, innermost dimension first, and what is left as rows of ``a``."""
-
-    shape: tuple[int, ...]
-    a_strides: tuple[int, ...]
-    b_strides: tuple[int, ...]
-    rows: int
-    stride_am: int
-
-
-def _collapse_batch(a: Tensor, b: Tensor, batch_shape: torch.Size) -> _Batch:
-    """The fewest dimensions that walk the batch.
-
-    Where one ``b`` serves the whole batch, as a weight does, the matrices of ``a`` lie below one
-    another in one product with many rows, as far as the strides of ``a`` allow.
-    """
-    a_strides = expanded_strides(a, (*batch_shape, *a.shape[-2:]))
-    b_strides = expanded_strides(b, (*batch_shape, *b.shape[-2:]))[:-2]
-    rows = a.shape[-2]
-    if not any(b_strides):
-        shape = (*batch_shape, rows)
-        sizes, (merged,) = collapse(shape, [a_strides[:-1]], range(len(shape) - 1, -1, -1))
-        outer = tuple(sizes[1:])
-        return _Batch(outer, tuple(merged[1:]), (0,) * len(outer), sizes[0], merged[0])
-    order = range(len(batch_shape) - 1, -1, -1)
-    sizes, (merged_a, merged_b) = collapse(batch_shape, [a_strides[:-2], b_strides], order)
-    return _Batch(tuple(sizes), tuple(merged_a), tuple(merged_b), rows, a_strides[-2])
-
-
-_NO_BATCH: tuple[tuple[int, ...], ...] = ((), (), ())
+    geometry = (
+        m, n, depth, stride_am, stride_ak, stride_bk, stride_bn,
+        tuple(sizes), tuple(a_batch), tuple(b_batch),
+    )  # fmt: skip
+    return Plan(shape, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
 
 
 def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -153,50 +185,12 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shapes fit, and dtypes are equal (checked when the call was bound). The result is contiguous.
     """
-    batch, batch_arguments = 1, _NO_BATCH
-    if a.dim() == 2 == b.dim():
-        rows, depth = a.shape
-        columns = b.shape[1]
-        stride_am, stride_ak = a.stride()
-        stride_bk, stride_bn = b.stride()
-        out = a.new_empty((rows, columns))
-        if rows == 0 or columns == 0:
-            return out
-    else:
-        rows, depth = a.shape[-2:]
-        columns = b.shape[-1]
-        stride_ak = a.stride(-1)
-        stride_bk, stride_bn = b.stride()[-2:]
-        batch_shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        out = a.new_empty((*batch_shape, rows, columns))
-        if out.numel() == 0:
-            return out
-        found = _collapse_batch(a, b, batch_shape)
-        rows, stride_am = found.rows, found.stride_am
-        batch_arguments = found[:3]
-        batch = out.numel() // (rows * columns)
-    if bias is not None and bias.stride(0) != 1:
-        bias = bias.contiguous()
-    a_reach = rows * stride_am + depth * stride_ak
-    b_reach = depth * stride_bk + columns * stride_bn
-    wide = max(rows * columns, a_reach, b_reach) > INT32_MAX
-    # Unless one stride of a matrix is 1, nothing about it is aligned.
-    aligned = (
-        (stride_am == 1 or stride_ak == 1)
-        and (stride_bk == 1 or stride_bn == 1)
-        and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | columns) % 16 == 0
-    )
     dtype = a.dtype
     precision = _float32_precision() if dtype is torch.float32 else "ieee"
-    grid, meta = _configuration(dtype, precision, (batch, rows, columns, depth), aligned, wide)
-    launch_prepared(
-        k.gemm,
-        grid,
-        (
-            out, a, b, bias, rows, columns, depth,
-            stride_am, stride_ak, stride_bk, stride_bn, *batch_arguments,
-        ),
-        out.device,
-        meta,
-    )  # fmt: skip
+    plan = _plan(a.shape, a.stride(), b.shape, b.stride(), dtype, precision)
+    out = a.new_empty(plan.shape)
+    if plan.grid is not None:
+        if bias is not None and bias.stride(0) != 1:
+            bias = bias.contiguous()
+        launch_prepared(k.gemm, plan.grid, (out, a, b, bias, *plan.geometry), a.device, plan.meta)
     return out

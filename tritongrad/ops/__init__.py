@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import linear as linear
 from . import matmul as matmul
 from . import pointwise as pointwise
 from . import reduction as reduction

@@ -17,7 +17,7 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
 from ..function import vjp
 from ..kernels import reduction as k
 from ..launchers.reduction import AMAX, AMIN, SUM, reduce
-from ..op import Needs, Op, Spec, Tensors, Unsupported
+from ..op import Op, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
 from .reduction import (
     Dim,
@@ -130,21 +130,13 @@ def _norm_forward(params: Params, x: Tensor) -> Tensor:
     return reduce(kind, (x,), dims, keepdim, result, result, map_params, finish_params)
 
 
-def _norm_saves(params: Params, needs: Needs) -> tuple[int, ...]:
-    return () if params.order == 0 else (0,) if params.order == 1 else (0, 1)
-
-
-def _norm_rule(
-    params: Params, spec: Spec, g: Tensor, x: Tensor | None, out: Tensor | None
-) -> Tensor | None:
+def _norm_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
     if params.order == 0:
         return None  # a count: undefined, says torch
-    assert x is not None
     x, g = x.to(params.result), restored(g, params)
     if params.order == 1:
         dx = torch.sign(x) * g
     else:
-        assert out is not None
         dx = _norm_slope(g, x, restored(out, params), params)
     return dx.to(spec.dtype)
 
@@ -168,17 +160,13 @@ def _norm_slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
     return x * torch.abs(x) ** (p - 2) * scale
 
 
-def _norm_backward(
-    params: Params, spec: Spec, g: Tensor, x: Tensor | None, out: Tensor | None
-) -> Tensor | None:
+def _norm_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
     p = params.order
     if p == 0:
         return None
-    assert x is not None
     g = restored(g, params)
     if p == 1:
         return exact_pointwise(k.norm_1_bwd, (g, x), params.result, spec.dtype)
-    assert out is not None
     out = restored(out, params)
     if p == 2:
         return exact_pointwise(k.norm_2_bwd, (g, x, out), params.result, spec.dtype)
@@ -219,7 +207,6 @@ def _norm_samples(make: Make) -> Iterator[Sample]:
 T = Tensor
 _norm: dict[str, Any] = {
     "forward": _norm_forward,
-    "saves": _norm_saves,
     "rule": _norm_rule,
     "backward": _norm_backward,
     "jvp": _norm_jvp,

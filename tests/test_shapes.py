@@ -1,0 +1,319 @@
+"""Hazards of shapes, strides and sizes. Every test walks OPS; the numbers are those of the project's
+list of hazards, which each docstring restates."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scenarios import agree, gradients, linked, small
+from support import ALL, DEVICE, DIFFERENTIABLE, TOLERANCE, Call, assert_same, calls, random_like
+from torch import Tensor
+
+import tritongrad
+from tritongrad import runtime
+from tritongrad.op import OPS
+from tritongrad.runtime import INTERPRETED
+from tritongrad.sampling import Sample
+
+each_op = pytest.mark.parametrize("name", DIFFERENTIABLE)
+
+
+def strides(value: Any) -> list[tuple[int, ...]]:
+    return [t.stride() for t in linked(value)]
+
+
+# -------------------------------------------------------------------------- 9: inputs' layout
+
+
+def every_other(t: Tensor) -> Tensor:
+    return torch.stack([t, t + 1], -1).flatten(-2)[..., ::2] if t.dim() else t
+
+
+def offset(t: Tensor) -> Tensor:
+    return torch.cat([t.new_ones(1), t.flatten()])[1:].view(t.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "every other": every_other,
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "permuted": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() else t,
+    "rows expanded": lambda t: t[:1].expand(t.shape) if t.dim() and t.shape[0] else t,
+    "columns expanded": lambda t: t[..., :1].expand(t.shape) if t.dim() and t.shape[-1] else t,
+    "offset by one": offset,
+    "overlapping": lambda t: torch.as_strided(
+        t.contiguous(), t.shape, (1,) * t.dim()
+    ) if t.numel() else t,
+    "negated lazily": torch._neg_view,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_input_layout(name: str, layout: str) -> None:
+    """9: inputs of any layout; values, gradients and the layout of results are torch's."""
+    arrange = LAYOUTS[layout]
+
+    def run(f: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        found = f(*[arrange(x) for x in inputs])
+        return found, gradients(linked(found), inputs)
+
+    for call in small(name, most=3):
+        ours = run(lambda *inputs, call=call: direct(call, inputs), call.inputs)
+        theirs = run(call.torch, call.inputs)
+        assert_same(ours, theirs, str(call))
+        if theirs[0].__class__ is Tensor:
+            assert strides(ours[0]) == strides(theirs[0]), str(call)
+
+
+def direct(call: Call, inputs: Sequence[Tensor]) -> Any:
+    """The call rerouted, whether or not the op takes it."""
+    args, kwargs = call.arguments(inputs)
+    with tritongrad.use():
+        return call.func(*args, **kwargs)
+
+
+@each_op
+def test_channels_last(name: str) -> None:
+    """9: channels-last inputs give channels-last results where torch's do."""
+    for call in small(name, most=3):
+        wide = resized(call, lambda shape: (2, 3, 4, 5), lambda t: t.dim() == 2)
+        if wide is None:
+            continue
+        inputs = [
+            x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+            if x.dim() == 4
+            else x
+            for x in wide.inputs
+        ]
+        try:
+            theirs = wide.torch(*inputs)
+        except (RuntimeError, IndexError):
+            continue  # not an op of four dimensions
+        ours = direct(wide, inputs)
+        assert_same(ours, theirs, str(wide))
+        assert strides(ours) == strides(theirs), str(wide)
+        assert_same(gradients(linked(ours), inputs), gradients(linked(theirs), inputs), str(wide))
+
+
+# --------------------------------------------------------------------- 10, 11, 13: inputs' sizes
+
+
+def resized(
+    call: Call,
+    reshape: Callable[[torch.Size], Sequence[int]],
+    wanted: Callable[[Tensor], bool] = lambda t: True,
+) -> Call | None:
+    """``call`` with every tensor's shape changed by ``reshape``, filled with its own values over
+    and over; None if no tensor is wanted."""
+    changed = False
+
+    def change(value: Any) -> Any:
+        nonlocal changed
+        if isinstance(value, Tensor) and wanted(value):
+            changed = True
+            shape = torch.Size(reshape(value.shape))
+            values = value.detach().flatten()
+            values = values[torch.arange(shape.numel(), device=values.device) % len(values)]
+            return values.reshape(shape).requires_grad_(value.requires_grad)
+        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            return type(value)(map(change, value))
+        return value
+
+    args, kwargs, note = call.sample
+    sample = Sample(tuple(map(change, args)), {n: change(v) for n, v in kwargs.items()}, note)
+    return Call(call.op, sample, call.func) if changed else None
+
+
+def same_or_same_error(call: Call) -> None:
+    """Value and gradients are torch's, or the error is of torch's type."""
+    try:
+        theirs = call.torch(*call.inputs)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            direct(call, call.inputs)
+        return
+    ours = direct(call, call.inputs)
+    assert_same(ours, theirs, str(call))
+    ours, theirs = linked(ours), linked(theirs)
+    assert_same(gradients(ours, call.inputs), gradients(theirs, call.inputs), str(call))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("size", [0, 1])
+def test_degenerate_sizes(name: str, size: int) -> None:
+    """10: every dimension of size zero or one, one at a time and all at once; 0-dim."""
+    for call in small(name, most=3):
+        if not all(t.numel() for t in call.inputs):
+            continue
+        sizes = {n for t in call.inputs for n in t.shape}
+        for old in sizes:
+            changed = resized(call, lambda shape, old=old: [size if n == old else n for n in shape])
+            assert changed is not None
+            same_or_same_error(changed)
+        for reshape in (lambda shape: [size] * len(shape), lambda shape: ()):
+            changed = resized(call, reshape)
+            assert changed is not None
+            same_or_same_error(changed)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_wrong_shapes(name: str) -> None:
+    """13: shapes that do not go together raise torch's error; nothing is launched on them."""
+    seen: list[Any] = []
+    for call in small(name, most=3):
+        if len(call.inputs) < 2:
+            continue
+        for extra in range(2):
+            position = iter(range(len(call.inputs)))
+            # The inputs disagree: the first dimension, or the last, of every second one is longer.
+            changed = resized(
+                call,
+                lambda shape, at=position, extra=extra: [
+                    n + 2 * (next(at) % 2) if i == extra * (len(shape) - 1) else n
+                    for i, n in enumerate(shape)
+                ],
+            )
+            assert changed is not None
+            with runtime.observe(lambda kernel, grid, args, meta: seen.append(kernel)):
+                try:
+                    changed.torch(*changed.inputs)
+                except RuntimeError:
+                    with pytest.raises(RuntimeError):
+                        direct(changed, changed.inputs)
+                    assert not seen, f"{changed}: launched {seen}"
+                else:
+                    same_or_same_error(changed)
+                    seen.clear()
+
+
+LONG = 65537
+
+
+@each_op
+def test_long_dimensions(name: str) -> None:
+    """11: each dimension of an input longer than any block, and no multiple of one."""
+    if all(kernel.startswith("pointwise") for kernel in OPS[name].kernels):
+        pytest.skip("pointwise kernels see one flat dimension; a sample is past one block of it")
+    call = max(small(name), key=lambda c: (sum(t.numel() > 1 for t in c.inputs), len(c.inputs)))
+    for old in sorted({n for t in call.inputs for n in t.shape if n > 1}):
+        # One element in the others keeps the number of programs small.
+        changed = resized(call, lambda shape, old=old: [LONG if n == old else 2 for n in shape])
+        assert changed is not None
+        sizes = [t.numel() for t in changed.inputs]
+        if max(sizes) > 3 * LONG:
+            continue
+        outputs, theirs = (
+            linked(changed.triton(*changed.inputs)),
+            linked(changed.torch(*changed.inputs)),
+        )
+        # A sum over so many numbers rounds differently in each order of summation.
+        assert_same(outputs, theirs, str(changed))
+        ours = gradients(outputs, changed.inputs)
+        assert_same(ours, gradients(theirs, changed.inputs), str(changed))
+
+
+@each_op
+def test_grid_limits(name: str) -> None:
+    """11: a GPU's grid has at most 65535 programs in y and in z, whatever the sizes."""
+    grids: list[tuple[int, ...]] = []
+    call = max(small(name), key=lambda c: (len(c.inputs), sum(t.dim() for t in c.inputs)))
+    with runtime.stub(), runtime.observe(lambda kernel, grid, args, meta: grids.append(grid)):
+        for old in sorted({n for t in call.inputs for n in t.shape if n > 1}):
+            changed = resized(
+                call, lambda shape, old=old: [200_000 if n == old else 1 for n in shape]
+            )
+            assert changed is not None
+            try:
+                outputs = linked(direct(changed, changed.inputs))
+            except RuntimeError:
+                continue  # torch does not take these shapes either
+            gradients(outputs, changed.inputs)
+    assert grids
+    for grid in grids:
+        assert grid[0] < 2**31
+        assert all(n <= 65535 for n in grid[1:]), grid
+
+
+# -------------------------------------------------------------------------- 16: float64 throughout
+
+
+@each_op
+def test_float64_throughout(name: str) -> None:
+    """16: numbers and constants reach a float64 call in float64: 0.1 is not float32's 0.1."""
+    for call in calls(OPS[name]):
+        numbers = [v for v in (*call.sample.args, *call.sample.kwargs.values()) if type(v) is float]
+        if not numbers or sum(t.numel() for t in call.inputs) > 200:
+            continue
+
+        def change(value: Any) -> Any:
+            return 0.1 if type(value) is float and 0 < value < float("inf") else value
+
+        args, kwargs, note = call.sample
+        sample = Sample(tuple(map(change, args)), {n: change(v) for n, v in kwargs.items()}, note)
+        changed = dataclasses.replace(call, sample=sample) if False else Call(call.op, sample)
+        theirs = changed.torch(*changed.inputs)
+        assert_same(changed.triton(*changed.inputs), theirs, str(changed))
+
+
+# -------------------------------------------------------------------- 12: offsets beyond 32 bits
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_beyond_32_bits(part: int) -> None:
+    """12: strides that reach past 2**31 elements, of inputs and of upstream gradients, in a process
+    of its own: the failure is a segmentation fault. The memory between is never touched."""
+    if not INTERPRETED and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    names = DIFFERENTIABLE[part::2]
+    process = subprocess.run(
+        [sys.executable, __file__, *names],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    assert process.returncode == 0, f"{process.stdout[-300:]}\n{process.stderr[-3000:]}"
+    assert process.stdout.split() == names
+
+
+def far(t: Tensor) -> Tensor:
+    """``t`` in float16, its last element 2**31 elements or more behind its first."""
+    long = max(t.shape, default=1)
+    if long < 2:
+        return t.detach().half()
+    dim = t.shape.index(long)
+    step = 2**31 // (long - 1) + 3
+    dense = torch.empty_strided(t.shape, [step if d == dim else 0 for d in range(t.dim())]).stride()
+    inner = torch.empty([1 if d == dim else n for d, n in enumerate(t.shape)]).stride()
+    layout = [s if d == dim else i for d, (s, i) in enumerate(zip(dense, inner, strict=True))]
+    memory = torch.empty(2**31 + 2**20, dtype=torch.float16, device=t.device)
+    view = memory.as_strided(t.shape, layout)
+    assert sum((n - 1) * s for n, s in zip(t.shape, layout, strict=True)) >= 2**31
+    return view.copy_(t.detach())
+
+
+def reach_far(name: str) -> None:
+    """Run the op and its backward on tensors whose strides reach beyond 32 bits."""
+    for call in small(name, most=2, limit=60):
+        if not all(t.numel() for t in call.inputs):
+            continue
+        inputs = [far(x).requires_grad_() for x in call.inputs]
+        near = [x.detach().clone().contiguous().requires_grad_() for x in inputs]
+        outputs, theirs = linked(call.triton(*inputs)), linked(call.torch(*near))
+        upstream = [g.half() for g in random_like(theirs)]
+        ours = gradients(outputs, inputs, [far(g) for g in upstream])
+        assert_same([outputs, ours], [theirs, gradients(theirs, near, upstream)], str(call))
+
+
+if __name__ == "__main__":
+    for op_name in sys.argv[1:]:
+        # Before the run: the last name printed is the op that crashed.
+        print(op_name, flush=True)
+        reach_far(op_name)

@@ -1,0 +1,351 @@
+"""Products of two operands: the calculus that matrix and vector products share.
+
+Two forms cover every rank. Where both operands are matrices, or batches of them, a product is
+
+    out[..., m, n] = sum_k a[..., m, k] b[..., k, n]          ``Matrices``, the gemm kernel
+
+and where one is a vector it is a sum of elementwise products, limited by memory alone,
+
+    out[...] = sum_k x[..., k] y[..., k]                      ``Sum``, the reduction kernel
+
+A product P(a, b) is linear in each operand, and everything follows. Its tangent is P(da, b) +
+P(a, db). Its gradients, G(g; a, b), make <g, P(a, b)> a form in g, a and b that is linear in each
+of the three, so that what is linear in cotangents u of da and v of db differentiates to the tangent
+P(u, b) + P(a, v) by g, and to the gradients G(g; u, v) by a and b: the second derivative is the
+first one again, and so is the third.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import FLOATING
+from ..function import apply, launchable, settle
+from ..kernels import pointwise
+from ..launchers import reduction
+from ..launchers.matmul import matrix_product
+from ..launchers.pointwise import elementwise
+from ..layout import broadcast_shape
+from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors
+from ..sampling import Make, Sample
+
+
+class Matrices(NamedTuple):
+    """A product of matrices. ``*_transposed``: the operand's columns are what lies dense in memory;
+    its gradient is then laid out likewise, as torch's is."""
+
+    a_transposed: bool
+    b_transposed: bool
+
+
+class Sum(NamedTuple):
+    """A product of two operands that broadcast, summed over ``dims``, which count from the end."""
+
+    dims: tuple[int, ...]
+
+
+Params = Matrices | Sum
+
+_LAYOUTS = {(a, b): Matrices(a, b) for a in (False, True) for b in (False, True)}
+INNER = Sum((-1,))
+
+
+def is_transposed(matrix: Tensor) -> bool:
+    """Whether the columns are what lies dense in memory."""
+    strides = matrix.stride()
+    return strides[-2] == 1 != strides[-1]
+
+
+def matrices(a: Tensor, b: Tensor) -> Matrices:
+    """The product of these two."""
+    return _LAYOUTS[is_transposed(a), is_transposed(b)]
+
+
+# -------------------------------------------------------------------- what formulas are made of
+
+
+class Arithmetic(NamedTuple):
+    """What the formulas below are evaluated with: kernels launched directly, or torch mathematics.
+
+    Attributes:
+        matmul: product of matrices.
+        contract: ``(x * y).sum(dims)``, dims counting from the end; none for ``x * y``.
+        sum_to: a tensor summed to the shape that it was broadcast from.
+    """
+
+    matmul: Callable[[Tensor, Tensor], Tensor]
+    contract: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
+    sum_to: Callable[[Tensor, torch.Size], Tensor]
+
+
+def _launch_contraction(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if not dims:
+        (out,) = elementwise(pointwise.mul, 0, (x, y), (), (), x.dtype, (x.dtype,))
+        assert out is not None
+        return out
+    rank = max(x.dim(), y.dim())
+    return reduction.reduce_product(x, y, tuple([rank + d for d in dims]), x.dtype)
+
+
+def _launch_sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return reduction.sum_to(tensor, shape, tensor.dtype)
+
+
+def _contraction_rule(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if dims and launchable((x, y)):
+        return apply(CONTRACTION, Sum(dims), (x, y))
+    product = torch.mul(x, y)
+    return product.sum(dims) if dims else product
+
+
+def _sum_to_rule(tensor: Tensor, shape: torch.Size) -> Tensor:
+    missing = tensor.dim() - len(shape)
+    inner = [d for d, n in enumerate(shape, missing) if n == 1 != tensor.shape[d]]
+    dims = [*range(missing), *inner]
+    return tensor.sum(dims, keepdim=True).reshape(shape) if dims else tensor
+
+
+KERNELS = Arithmetic(matrix_product, _launch_contraction, _launch_sum_to)
+RULES = Arithmetic(torch.matmul, _contraction_rule, _sum_to_rule)
+
+
+def times(use: Arithmetic, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+    """``a @ b``, on request with its columns dense in memory."""
+    return use.matmul(b.mT, a.mT).mT if transposed else use.matmul(a, b)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """All dimensions but the last as one, also where there are none."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+
+
+# ------------------------------------------------------------------------------------ the formulas
+
+
+def _product(use: Arithmetic, params: Params, a: Tensor, b: Tensor) -> Tensor:
+    if isinstance(params, Matrices):
+        return use.matmul(a, b)
+    return use.contract(a, b, params.dims)
+
+
+def _tangent(params: Params, factors: tuple[Any, ...], tangents: tuple[Any, ...]) -> Tensor:
+    """P(da, b) + P(a, db), of which at least one term is there."""
+    (a, b), (da, db) = factors, tangents
+    if da is None:
+        return _product(RULES, params, a, db)
+    tangent = _product(RULES, params, da, b)
+    return tangent if db is None else tangent + _product(RULES, params, a, db)
+
+
+def _gradients(
+    use: Arithmetic, params: Params, needs: Needs, specs: tuple[Any, ...], g: Tensor, a: Any, b: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """G(g; a, b): the gradients of <g, P(a, b)>, of which da needs only b and db only a."""
+    da = db = None
+    if isinstance(params, Sum):
+        g = _with_dims(g, params.dims)
+        if needs[0]:
+            da = _contract_to(use, specs[0].shape, g, b)
+        if needs[1]:
+            db = _contract_to(use, specs[1].shape, g, a)
+        return da, db
+    if needs[0]:
+        da = use.sum_to(times(use, g, b.mT, params.a_transposed), specs[0].shape)
+    if needs[1]:
+        shape = specs[1].shape
+        if math.prod(shape[:-2]) == 1:
+            # One matrix for the whole batch: one product over all rows, not a sum of products.
+            db = times(use, rows(a).mT, rows(g), params.b_transposed).reshape(shape)
+        else:
+            db = use.sum_to(times(use, a.mT, g, params.b_transposed), shape)
+    return da, db
+
+
+def _with_dims(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``tensor`` with dimensions of size 1 put in, whose places in the result ``dims`` are."""
+    for d in sorted(dims, reverse=True):
+        tensor = tensor.unsqueeze(d)
+    return tensor
+
+
+def _contract_to(use: Arithmetic, shape: torch.Size, x: Tensor, y: Tensor) -> Tensor:
+    """``x * y`` summed to ``shape``."""
+    full, rank = broadcast_shape((x, y)), len(shape)
+    dims = tuple([-i for i in range(1, len(full) + 1) if i > rank or shape[-i] == 1 != full[-i]])
+    return _with_dims(use.contract(x, y, dims), tuple([d for d in dims if -d <= rank]))
+
+
+# ----------------------------------------------------------------------------------- made into ops
+
+
+def _forward(params: Params, a: Tensor, b: Tensor) -> Tensor:
+    return _product(KERNELS, params, a, b)
+
+
+# Each operand is the other's slope.
+_KEPT = {
+    (False, False): (),
+    (False, True): (0,),
+    (True, False): (1,),
+    (True, True): (0, 1),
+}
+
+
+def saves(params: Any, needs: Needs) -> tuple[int, ...]:
+    """Which of the two factors the gradients need."""
+    return _KEPT[needs[0], needs[1]]
+
+
+def _rule(
+    params: Params, needs: Needs, specs: tuple[Spec | None, ...], grads: Tensors, saved: Tensors
+) -> Tensors:
+    (g,), (a, b) = grads, saved[:2]
+    assert g is not None
+    return _gradients(RULES, params, needs, specs, settle(g), a, b)
+
+
+def _jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
+    da, db = [t if t is None else settle(t) for t in tangents]
+    return _tangent(params, tensors, (da, db))
+
+
+def batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
+    """The dimension of vmap in front of ``rank`` others, so that operands of lower rank broadcast
+    against it."""
+    if dim is None:
+        return tensor
+    tensor = tensor.movedim(dim, 0)
+    padding = rank + 1 - tensor.dim()
+    return tensor.reshape(tensor.shape[0], *[1] * padding, *tensor.shape[1:]) if padding else tensor
+
+
+def _vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
+    # A batch of products is a product with one more dimension of batch.
+    pairs = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
+    rank = max(t.dim() - (d is not None) for t, d in pairs)
+    return apply(CONTRACTION, params, tuple([batch_first(t, d, rank) for t, d in pairs])), 0
+
+
+def backward_op(
+    name: str,
+    kernels: tuple[str, ...],
+    gradients: Callable[[Arithmetic, BackwardParams, Tensor, Tensors], Tensors],
+    tangent: Callable[[Any, Tensors, Tensors], Tensor],
+    rule: Any,
+) -> Op:
+    """The op that computes a product's gradients, from (g, *inputs, out).
+
+    Args:
+        gradients: ``(arithmetic, params with needs and specs, g, factors) -> gradients``, one for
+            each input.
+        tangent: ``(params, factors, tangents) -> tangent`` in torch mathematics.
+        rule: the product's own, its definition for vmap.
+    """
+
+    def forward(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Any:
+        found = gradients(KERNELS, bp, g, saved[:2])
+        kept = tuple([t for t in found if t is not None])
+        return kept[0] if len(kept) == 1 else kept
+
+    def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
+        found = rule(bp.params, bp.needs, bp.specs, (g,), saved)
+        return tuple([t for t in found if t is not None])
+
+    def backward_rule(
+        bp: BackwardParams, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors
+    ) -> Tensors:
+        received = iter(grads)
+        cotangents: list[Tensor | None] = []
+        for need in bp.needs:
+            cotangent = next(received) if need else None
+            cotangents.append(cotangent if cotangent is None else settle(cotangent))
+        g, u, v = saved[0], cotangents[0], cotangents[1]
+        assert g is not None
+        dg = None
+        if needs[0]:
+            dg = tangent(bp.params, saved[1:3], tuple(cotangents)).expand(g.shape)
+        # a's comes from v, and b's from u.
+        wanted = (needs[1] and v is not None, needs[2] and u is not None, False)
+        found = gradients(RULES, bp._replace(needs=wanted), g, (u, v))
+        return (dg, *found[:2], *[None] * (len(needs) - 3))
+
+    return Op(
+        name=f"{name}_backward",
+        bind=None,
+        forward=forward,
+        outputs=3,
+        rule=backward_rule,
+        reference=reference,
+        kernels=kernels,
+        dtypes=FLOATING,
+        formula="<g, P(a, b)> is linear in each of g, a, b: its second derivative is its first",
+    )
+
+
+def product(
+    name: str,
+    *targets: Callable[..., Any],
+    bind: Bind | None,
+    kernels: tuple[str, ...],
+    backward_kernels: tuple[str, ...],
+    formula: str,
+    samples: Callable[[Make], Iterator[Sample]] | None = None,
+    autocast: Mapping[str, str] | None = None,
+    variants: Mapping[Callable[..., Any], Bind] | None = None,
+    opinfo: tuple[str, ...] = (),
+) -> Op:
+    """The op of one product of two tensors."""
+    return Op(
+        name=name,
+        bind=bind,
+        forward=_forward,
+        replaces=targets,
+        variants=variants or {},
+        saves=saves,
+        rule=_rule,
+        backward=backward_op(
+            name,
+            backward_kernels,
+            lambda use, bp, g, factors: _gradients(use, bp.params, bp.needs, bp.specs, g, *factors),
+            _tangent,
+            _rule,
+        ),
+        jvp=_jvp,
+        vmap=_vmap,
+        autocast=autocast or {},
+        opinfo=opinfo,
+        kernels=kernels,
+        formula=formula,
+        dtypes=FLOATING,
+        cost=_cost,
+        samples=samples,
+        sources="torch derivatives.yaml",
+    )
+
+
+def _cost(params: Params, a: Tensor, b: Tensor) -> tuple[int, int]:
+    depth = a.shape[-1]
+    if isinstance(params, Matrices):
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]).numel()
+        results = batch * a.shape[-2] * b.shape[-1]
+    else:
+        results = broadcast_shape((a, b)).numel() // max(depth, 1)
+    return (a.numel() + b.numel() + results) * a.element_size(), 2 * results * depth
+
+
+GEMM = ("gemm",)
+REDUCTION = ("reduce",)
+VECTOR_BACKWARD = ("pointwise_dense", "pointwise_strided", *REDUCTION)
+
+CONTRACTION = product(
+    "contraction",
+    bind=None,
+    kernels=GEMM + REDUCTION,
+    backward_kernels=GEMM + VECTOR_BACKWARD,
+    formula="any product of either form: what the others become under vmap",
+)
