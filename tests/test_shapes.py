@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from scenarios import agree, gradients, linked, small
-from support import ALL, DEVICE, DIFFERENTIABLE, TOLERANCE, Call, assert_same, calls, random_like
+from scenarios import gradients, linked, small
+from support import ALL, DIFFERENTIABLE, Call, Tolerance, assert_same, random_like
 from torch import Tensor
 
 import tritongrad
@@ -246,20 +246,16 @@ def test_grid_limits(name: str) -> None:
 
 @each_op
 def test_float64_throughout(name: str) -> None:
-    """16: numbers and constants reach a float64 call in float64: 0.1 is not float32's 0.1."""
-    for call in calls(OPS[name]):
-        numbers = [v for v in (*call.sample.args, *call.sample.kwargs.values()) if type(v) is float]
-        if not numbers or sum(t.numel() for t in call.inputs) > 200:
-            continue
+    """16: numbers reach a float64 call in float64: 0.1 is not float32's 0.1."""
 
-        def change(value: Any) -> Any:
-            return 0.1 if type(value) is float and 0 < value < float("inf") else value
+    def change(value: Any) -> Any:
+        return 0.1 if type(value) is float and 0 < value < float("inf") else value
 
+    for call in small(name, most=100):
         args, kwargs, note = call.sample
         sample = Sample(tuple(map(change, args)), {n: change(v) for n, v in kwargs.items()}, note)
-        changed = dataclasses.replace(call, sample=sample) if False else Call(call.op, sample)
-        theirs = changed.torch(*changed.inputs)
-        assert_same(changed.triton(*changed.inputs), theirs, str(changed))
+        if any(type(v) is float for v in (*args, *kwargs.values())):
+            same_or_same_error(Call(call.op, sample))
 
 
 # -------------------------------------------------------------------- 12: offsets beyond 32 bits
@@ -284,19 +280,15 @@ def test_beyond_32_bits(part: int) -> None:
 
 
 def far(t: Tensor) -> Tensor:
-    """``t`` in float16, its last element 2**31 elements or more behind its first."""
-    long = max(t.shape, default=1)
-    if long < 2:
+    """``t`` in float16 with 2**31 elements or more between its first and its last."""
+    longest = max(t.shape, default=1)
+    if longest < 2:
         return t.detach().half()
-    dim = t.shape.index(long)
-    step = 2**31 // (long - 1) + 3
-    dense = torch.empty_strided(t.shape, [step if d == dim else 0 for d in range(t.dim())]).stride()
-    inner = torch.empty([1 if d == dim else n for d, n in enumerate(t.shape)]).stride()
-    layout = [s if d == dim else i for d, (s, i) in enumerate(zip(dense, inner, strict=True))]
+    dim = t.shape.index(longest)
+    layout = list(torch.empty([1 if d == dim else n for d, n in enumerate(t.shape)]).stride())
+    layout[dim] = 2**31 // (longest - 1) + 1
     memory = torch.empty(2**31 + 2**20, dtype=torch.float16, device=t.device)
-    view = memory.as_strided(t.shape, layout)
-    assert sum((n - 1) * s for n, s in zip(t.shape, layout, strict=True)) >= 2**31
-    return view.copy_(t.detach())
+    return memory.as_strided(t.shape, layout).copy_(t.detach())
 
 
 def reach_far(name: str) -> None:
@@ -309,7 +301,11 @@ def reach_far(name: str) -> None:
         outputs, theirs = linked(call.triton(*inputs)), linked(call.torch(*near))
         upstream = [g.half() for g in random_like(theirs)]
         ours = gradients(outputs, inputs, [far(g) for g in upstream])
-        assert_same([outputs, ours], [theirs, gradients(theirs, near, upstream)], str(call))
+        # Where torch rounds each step of a derivative to float16 it is off by several roundings;
+        # what is read elsewhere is off by everything.
+        loose = Tolerance(2e-2, 2e-3)
+        expected = theirs, gradients(theirs, near, upstream)
+        assert_same((outputs, ours), expected, str(call), tolerance=loose)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,11 @@ def total_of(
     return torch.sum(value, params.dims, keepdim, dtype=dtype)
 
 
+def count_of(shape: Sequence[int], dims: tuple[int, ...]) -> int:
+    """Number of elements that are reduced into one."""
+    return math.prod([shape[d] for d in dims])
+
+
 def _shifted(params: Params) -> Params:
     """``params`` for an input with one more dimension, in front."""
     return params._replace(dims=tuple([d + 1 for d in params.dims]))
@@ -222,8 +227,8 @@ def _backward_op(name: str, rule: Any, backward: Callable[..., Any]) -> Op:
 
 
 def _cost(params: Params, x: Tensor) -> tuple[int, int]:
-    count = math.prod([x.shape[d] for d in params.dims])
-    moved = x.numel() * x.element_size() + x.numel() // max(count, 1) * params.result.itemsize
+    rows = x.numel() // max(count_of(x.shape, params.dims), 1)
+    moved = x.numel() * x.element_size() + rows * params.result.itemsize
     return moved, x.numel()
 
 
@@ -262,11 +267,7 @@ def _sum_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tens
 
 
 def _mean_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tensor:
-    return _spread(params, spec, g / _count(spec.shape, params))
-
-
-def _count(shape: Sequence[int], params: Params) -> int:
-    return math.prod([shape[d] for d in params.dims])
+    return _spread(params, spec, g / count_of(spec.shape, params.dims))
 
 
 def _sum_forward(params: Params, x: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def _sum_forward(params: Params, x: Tensor) -> Tensor:
 def _mean_forward(params: Params, x: Tensor) -> Tensor:
     dims, keepdim, result, _ = params
     return reduce(
-        MEAN, (x,), dims, keepdim, result, result, finish_params=(_count(x.shape, params),)
+        MEAN, (x,), dims, keepdim, result, result, finish_params=(count_of(x.shape, dims),)
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
 from ..function import vjp
 from ..kernels import reduction as k
-from ..launchers.reduction import AMAX, AMIN, SUM, reduce
+from ..launchers.reduction import AMAX, AMIN, SUM, Reduction, reduce
 from ..op import Op, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
 from .reduction import (
     Dim,
     Params,
+    count_of,
     exact_pointwise,
     hits_per_row,
     read,
@@ -109,40 +111,39 @@ def _bind_linalg_norm(
 # -------------------------------------------------------------------------- values and derivatives
 
 
-def _norm_forward(params: Params, x: Tensor) -> Tensor:
-    dims, keepdim, result, p = params
-    map_params: tuple[float, ...] = ()
-    finish_params: tuple[float, ...] = ()
+@lru_cache(maxsize=64)
+def _kind(p: float) -> tuple[Reduction, tuple[float, ...], tuple[float, ...]]:
+    """The reduction that a norm of order ``p`` is, with its parameters."""
     if p == 0:
-        kind = SUM._replace(map=k.nonzero)
-    elif p == math.inf:
-        kind = AMAX._replace(map=k.absolute)
-    elif p == -math.inf:
-        kind = AMIN._replace(map=k.absolute)
-    elif p == 1 or all(x.shape[d] == 1 for d in dims):
-        # A single element's norm is its absolute value, exactly.
-        kind = SUM._replace(map=k.absolute)
-    elif p == 2:
-        kind = SUM._replace(map=k.square, finish=k.root)
-    else:
-        kind = SUM._replace(map=k.absolute_power, finish=k.power)
-        map_params, finish_params = (p,), (1 / p,)
+        return SUM._replace(map=k.nonzero), (), ()
+    if p == 1:
+        return SUM._replace(map=k.absolute), (), ()
+    if p == 2:
+        return SUM._replace(map=k.square, finish=k.root), (), ()
+    if math.isinf(p):
+        return (AMAX if p > 0 else AMIN)._replace(map=k.absolute), (), ()
+    return SUM._replace(map=k.absolute_power, finish=k.power), (p,), (1 / p,)
+
+
+def _forward(params: Params, x: Tensor) -> Tensor:
+    dims, keepdim, result, p = params
+    if p != 0 and count_of(x.shape, dims) == 1:
+        p = 1.0  # the norm of a single element is its absolute value, exactly
+    kind, map_params, finish_params = _kind(p)
     return reduce(kind, (x,), dims, keepdim, result, result, map_params, finish_params)
 
 
-def _norm_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
+def _rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
     if params.order == 0:
         return None  # a count: undefined, says torch
-    x, g = x.to(params.result), restored(g, params)
-    if params.order == 1:
-        dx = torch.sign(x) * g
-    else:
-        dx = _norm_slope(g, x, restored(out, params), params)
-    return dx.to(spec.dtype)
+    x, out, g = x.to(params.result), restored(out, params), restored(g, params)
+    return _slope(g, x, out, params).to(spec.dtype)
 
 
-def _norm_slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
+def _slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
     p = params.order
+    if p == 1:
+        return torch.sign(x) * g
     if p == 2:
         return g * torch.where(out == 0, 0.0, x / out)
     if math.isinf(p):
@@ -160,7 +161,7 @@ def _norm_slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
     return x * torch.abs(x) ** (p - 2) * scale
 
 
-def _norm_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
+def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
     p = params.order
     if p == 0:
         return None
@@ -176,12 +177,12 @@ def _norm_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor
     compute = COMPUTE_DTYPE[params.result]
     if compute is not params.result:
         # out ** (p - 1) would multiply the rounding of a half precision result by p - 1.
-        out = _norm_forward(params._replace(keepdim=True, result=compute), x)
+        out = _forward(params._replace(keepdim=True, result=compute), x)
     scale = exact_pointwise(k.norm_scale, (g, out), compute, compute, (p,))
     return exact_pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
 
 
-def _norm_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
+def _jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
     if params.order == 0:
         return torch.zeros_like(out)
     # The gradient for g = 1 is the row of the Jacobian that the tangent meets.
@@ -192,7 +193,7 @@ def _norm_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -
     return total_of(row * tangent, params, params.keepdim, compute).to(params.result)
 
 
-def _norm_samples(make: Make) -> Iterator[Sample]:
+def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(3, 0), 3), {"dim": 1}, "of nothing")
     yield from standard_samples(make)
     for order in (1, -math.inf, math.inf, 0.5, 1.5, 3, -1):
@@ -206,11 +207,11 @@ def _norm_samples(make: Make) -> Iterator[Sample]:
 
 T = Tensor
 _norm: dict[str, Any] = {
-    "forward": _norm_forward,
-    "rule": _norm_rule,
-    "backward": _norm_backward,
-    "jvp": _norm_jvp,
-    "samples": _norm_samples,
+    "forward": _forward,
+    "rule": _rule,
+    "backward": _backward,
+    "jvp": _jvp,
+    "samples": _samples,
     "formula": "dx = g * sign(x) * (abs(x) / out) ** (p - 1)",
     "autocast": {"cuda": "float32"},
 }
