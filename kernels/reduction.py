@@ -91,7 +91,8 @@ def reduce(
             start = (step % run_steps) * BLOCK_COLUMNS
         else:
             start = step * BLOCK_COLUMNS
-        column = start + tl.arange(0, BLOCK_COLUMNS)
+        # 64 bits if WIDE; the interpreter's loop variable has no type of its own to see to that.
+        column = (start + tl.arange(0, BLOCK_COLUMNS)).to(program.dtype)
         offsets = ()
         for i in tl.static_range(len(ins)):
             if RUNS:
