@@ -9,7 +9,6 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from support import DEVICE
 
 import tritongrad
 from tritongrad.__main__ import main as tritongrad_main
-from tritongrad.compare import contract, correctness, document, host, measure, parity, terminal
+from tritongrad.compare import correctness, document, measure, parity, terminal
 from tritongrad.compare.__main__ import COMMANDS, main
 from tritongrad.compare.measure import Errors
 from tritongrad.compare.plant import plant
@@ -401,128 +400,3 @@ def test_numbers_json_does_not_have(tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
     terminal.write_json(file, [{"a": math.inf, "b": (math.nan, 1.5)}])
     assert json.loads(file.read_text()) == [{"a": "inf", "b": ["nan", 1.5]}]
-
-
-# ----------------------------------------------------------------------------------------- contract
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_contract_of(name: str) -> None:
-    found = contract.contract(OPS[name])
-    assert found.torch
-    assert found.dtypes
-    assert found.kernels
-    assert set(found.kernels) <= contract.kernel_files().keys()
-    assert found.deterministic, "an atomic operation in a kernel file"
-    assert (found.orders == "none") == (not OPS[name].differentiable)
-    if found.orders != "none":
-        assert found.jvp
-        assert found.derivative
-
-
-def test_contract_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = dataclasses.replace(
-        OPS["mul"], max_order=2, jvp=None, vmap=None, schema="(Tensor x) -> Tensor"
-    )
-    found = contract.contract(op)
-    assert (found.orders, found.jvp, found.vmap, found.compile) == ("2", False, False, "library")
-    assert contract.contract(OPS["mm"]).torch[0] == "torch.mm"
-    files = dict.fromkeys(OPS["mul"].kernels, "tl.atomic_add(p, x)")
-    monkeypatch.setattr(contract, "kernel_files", lambda: files)
-    assert not contract.contract(op).deterministic
-
-
-def test_markdown_table() -> None:
-    record = dataclasses.replace(contract.contract(OPS["mul"]), derivative="dx = |g|; dy = 0")
-    begin, head, rule, row, end = contract.markdown([record]).splitlines()
-    assert (begin, end) == (contract.BEGIN, contract.END)
-    assert row.startswith("| `mul` | `torch.mul`<br>")
-    assert row.endswith(r"| `dx = \|g\|`<br>`dy = 0` |")
-    assert head.count("|") == rule.count("|") == row.count("|") - row.count(r"\|")
-
-
-def test_checking_and_writing_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "README.md"
-    assert main(["ops", "--check", str(file)]) == 2
-    file.write_text("no table")
-    assert main(["ops", "--write", str(file)]) == 2
-    assert f"no lines {contract.BEGIN}" in capsys.readouterr().err
-    file.write_text(f"before\n{contract.BEGIN}\nold\n{contract.END}\nafter\n")
-    assert main(["ops", "--check", str(file)]) == 1
-    assert "out of date" in capsys.readouterr().out
-    assert main(["ops", "--write", str(file)]) == 0
-    text = file.read_text()
-    assert text.startswith(f"before\n{contract.BEGIN}\n| op |")
-    assert text.endswith(f"{contract.END}\nafter\n")
-    assert main(["ops", "--check", str(file)]) == 0
-
-
-def test_the_readme_is_up_to_date() -> None:
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("there is no README.md")
-    assert main(["ops", "--check", str(readme)]) == 0, "run `tritongrad ops --write README.md`"
-
-
-def test_ops_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "ops.json"
-    assert main(["ops", "--json", str(file)]) == 0
-    assert [row["name"] for row in json.loads(file.read_text())] == list(OPS)
-    assert "torch.tanh" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------- host time
-
-
-def ticking(*seconds: float) -> Callable[[], float]:
-    """A clock whose successive intervals between two readings are ``seconds``, again and again."""
-    now, turn, started = 0.0, 0, False
-
-    def clock() -> float:
-        nonlocal now, turn, started
-        if started:
-            now += seconds[turn % len(seconds)]
-            turn += 1
-        started = not started
-        return now
-
-    return clock
-
-
-@pytest.mark.parametrize("path", host.PATHS)
-def test_host_timing(path: str) -> None:
-    calls = host.PATHS[path].calls
-    clock = ticking(3e-6 * calls, 2e-6 * calls)
-    found = host.measure(OPS["where"], path, repeats=3, clock=clock)
-    assert found is not None
-    assert found.microseconds == pytest.approx(3)
-    assert found.bare_microseconds == pytest.approx(2)
-    assert found.ratio == pytest.approx(1.5)
-    assert found.exceeds == (path == "direct")
-
-
-def test_host_time_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tritongrad.runtime._run", lambda *_: pytest.fail("a kernel ran"))
-    for path in host.PATHS:
-        assert host.measure(OPS["sum"], path, repeats=1) is not None
-
-
-def test_host_time_of_a_comparison_has_no_gradient() -> None:
-    timed = {path for path in host.PATHS if host.prepare(OPS["eq"], path)}
-    assert timed == {"direct", "vmap"}
-
-
-def test_host_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def timed(op: Op, path: str, repeats: int) -> host.Timing | None:
-        return host.Timing(op.name, path, 12.0, 4.0, 3.0) if path == "gradient" else None
-
-    monkeypatch.setattr(host, "measure", timed)
-    file = tmp_path / "host.json"
-    assert main(["host", "--only", "mul", "--json", str(file)]) == 0
-    out = capsys.readouterr().out
-    assert "over 2× with gradient: mul 3.00×" in out
-    assert "1 timing, 1 over the limit" in out
-    (row,) = json.loads(file.read_text())
-    assert (row["op"], row["path"], row["exceeds"]) == ("mul", "gradient", True)

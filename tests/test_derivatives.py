@@ -15,7 +15,7 @@ from support import DEVICE, DIFFERENTIABLE, Call, assert_same, calls, floats, ra
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import hessian as autograd_hessian
-from torch.func import hessian, jacfwd, jacrev
+from torch.func import jacfwd, jacrev
 
 from tritongrad.op import OPS
 

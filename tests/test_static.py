@@ -319,8 +319,9 @@ def test_collecting_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(s.vectorisable for s in found)
     covered = list(specialisations.cover(found))
     assert len(covered) < len(found)
-    assert {(s.kernel, s.constexprs["F"]) for s in covered} == {
-        (s.kernel, s.constexprs["F"]) for s in found
+    # The gradient of a broadcast operand is summed by another kernel, which has no F.
+    assert {(s.kernel, s.constexprs.get("F")) for s in covered} == {
+        (s.kernel, s.constexprs.get("F")) for s in found
     }
 
 

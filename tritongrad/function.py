@@ -35,6 +35,7 @@ _unwrapped = torch._C._functorch.get_unwrapped
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_tracing = torch._C._is_tracing
+_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -73,7 +74,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 def admit(tensor: Tensor) -> None:
     """Raise Unsupported, with the reason, for a tensor that our kernels cannot take."""
-    if type(tensor) in PLAIN_TYPES and key_set(tensor) in PLAIN_KEY_SETS:
+    if type(tensor) in PLAIN_TYPES and _keys(tensor).raw_repr() in PLAIN_KEY_SETS:
         return
     if not isinstance(tensor, Tensor):
         raise Unsupported(f"a {type(tensor).__name__} in a tensor's place")
@@ -182,6 +183,11 @@ def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:
 @cache
 def torch_name(func: Function) -> str:
     """Public name of a torch callable, for reports."""
+    plain = getattr(func, "__name__", "")
+    for module in (torch, torch.nn.functional):
+        # resolve_name knows some functions by an alias (torch.mm as torch.spmm).
+        if getattr(module, plain, None) is func:
+            return f"{module.__name__}.{plain}"
     with contextlib.suppress(Exception):
         if name := torch.overrides.resolve_name(func):
             return name
@@ -229,26 +235,26 @@ def apply(op: Op, params: Any, tensors: Tensors) -> Any:
     """
     if _functorch_active():
         result = op.function.apply(params, *tensors)
-    elif op.differentiable and _wants_derivative(tensors):
-        # Function.apply of torch.autograd.Function's base class is the C++ entry: no binding.
-        result = super(torch.autograd.Function, op.function).apply(  # type: ignore[misc]
-            params, *tensors
-        )
     else:
-        result = op.forward(params, *tensors)
+        record = False
+        if op.differentiable:
+            if forward_ad._current_level >= 0:
+                record = True
+            elif _grad_enabled():
+                for t in tensors:
+                    if t is not None and t.requires_grad:
+                        record = True
+                        break
+        if record:
+            # Function.apply of torch.autograd.Function's base is the C++ entry: no binding.
+            result = super(torch.autograd.Function, op.function).apply(  # type: ignore[misc]
+                params, *tensors
+            )
+        else:
+            result = op.forward(params, *tensors)
     if type(result) is tuple and len(result) > op.outputs:
         return result[0] if op.outputs == 1 else result[: op.outputs]
     return result
-
-
-def _wants_derivative(tensors: Tensors) -> bool:
-    if forward_ad._current_level >= 0:
-        return True
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
 
 
 def make_function(op: Op) -> type[torch.autograd.Function]:
@@ -267,8 +273,9 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
         if uniform is None or not uniform(params):
             specs = tuple([None if t is None else Spec(t.shape, t.dtype) for t in tensors])
         ctx.call = params, specs, local.session
-        # An output that the loss does not depend on sends None, not a tensor of zeros.
-        ctx.set_materialize_grads(False)
+        if len(outputs) > 1:
+            # An output that the loss does not depend on sends None, not a tensor of zeros.
+            ctx.set_materialize_grads(False)
         if saves is None:
             ctx.save_for_backward(*tensors)
         else:

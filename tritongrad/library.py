@@ -35,8 +35,8 @@ def _transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-# A constant of the trace: Dynamo guards on the transforms around it by itself. This is the mark that
-# torch.compiler.assume_constant_result leaves, which would import all of Dynamo to do so.
+# A constant of the trace: Dynamo guards on the transforms around it by itself. This is the mark
+# that torch.compiler.assume_constant_result leaves, which would import all of Dynamo to do so.
 _transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -58,7 +58,8 @@ def define(op: Op) -> None:
     """Define the library op of ``op``, which has a schema, and that of its backward."""
     from .function import vjp
 
-    assert op.schema is not None and op.bind is not None
+    assert op.schema is not None
+    assert op.bind is not None
     bind, native = op.bind, op.replaces[0]
     name, backward_name = op.name, f"{op.name}_backward"
     arguments = torch._C.parse_schema(f"{NAMESPACE}::{name}{op.schema}").arguments

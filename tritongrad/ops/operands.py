@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..dtypes import FLOATING, INTEGRAL, Number
-from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit, key_set
+from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit
 from ..layout import broadcasts
 from ..op import Bind, Tensors, Unsupported
 from ..runtime import DEVICE_TYPES
 
+key_set = torch._C._dispatch_keys
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -124,9 +125,9 @@ def _binary(input: Any, other: Any, to_float: bool = False) -> tuple[Tensors, Pa
             # Nothing to promote or broadcast, in the two cases that most calls are.
             if type(other) in PLAIN_TYPES:
                 if dtype is other.dtype and input.shape == other.shape:
-                    keys = key_set(input)
+                    keys = key_set(input).raw_repr()
                     if (
-                        keys == key_set(other)
+                        keys == key_set(other).raw_repr()
                         and keys in PLAIN_KEY_SETS
                         and input.device == other.device
                     ):
@@ -206,6 +207,23 @@ def bind_where(
     if not isinstance(condition, Tensor) or condition.dtype is not torch.bool:
         raise Unsupported("condition is not a bool tensor")
     admit(condition)
+    shape = condition.shape
+    # mypy does not narrow by `type(...) in`, and isinstance() would let subclasses pass.
+    x: Any = input
+    y: Any = other
+    if type(x) in PLAIN_TYPES and type(y) in PLAIN_TYPES:
+        # Nothing to promote or broadcast, as in most calls.
+        dtype = x.dtype
+        if (
+            dtype is y.dtype
+            and dtype in FLOATING
+            and x.shape == shape
+            and y.shape == shape
+            and x.device == y.device == condition.device
+        ):
+            admit(x)
+            admit(y)
+            return (condition, x, y), _UNIFORM[dtype]
     names = ("condition", "input", "other")
     values = (condition, input, other)
     branches = [v for v in (input, other) if isinstance(v, Tensor)]

@@ -282,7 +282,10 @@ def _mean_forward(params: Params, x: Tensor) -> Tensor:
 
 
 def _linear_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
-    return apply(op, params, (tangent,))
+    if not params.dims:
+        return tangent.to(params.result)
+    # By torch's name rather than by apply(): a tangent may be zeros that were never stored.
+    return op.replaces[0](tangent, params.dims, params.keepdim, dtype=params.result)
 
 
 def _saves_nothing(params: Params, needs: Needs) -> tuple[int, ...]:
