@@ -50,8 +50,13 @@ def launched(run: Callable[[], Any]) -> list[tuple[Any, ...]]:
 def test_every_sample_equals_torch(name: str) -> None:
     """Values, gradients, second derivatives and tangents, for each layout and rank."""
     for call in calls(OPS[name]):
-        ours = derivatives(call.triton, call.inputs, torch.float64)
-        assert_same(ours, derivatives(call.torch, call.inputs, torch.float64), str(call))
+        # torch gives no tangent to an expanded tensor.
+        forward = all(0 not in t.stride() for t in call.inputs)
+        ours, theirs = (
+            derivatives(function, call.inputs, torch.float64, forward=forward)
+            for function in (call.triton, call.torch)
+        )
+        assert_same(ours, theirs, str(call))
         assert_same(call.triton(*call.inputs).stride(), call.torch(*call.inputs).stride())
 
 
@@ -92,8 +97,8 @@ def test_third_order_nests(name: str, nest: Callable[..., Any]) -> None:
 
 
 def in_dims(ranks: tuple[int, ...]) -> Iterator[tuple[int | None, ...]]:
-    """Every choice of a batch dimension for operands of these ranks, but for no batch at all."""
-    choices = itertools.product(*[(None, *range(rank + 1)) for rank in ranks])
+    """Operands of these ranks batched first, last or not at all, in every combination with any."""
+    choices = itertools.product(*[(None, 0, rank) for rank in ranks])
     return (dims for dims in choices if any(d is not None for d in dims))
 
 
@@ -109,8 +114,7 @@ VMAPPED = {
 
 @each_op
 def test_vmap(name: str) -> None:
-    """Each operand batched along any dimension or shared: values, per-sample gradients, and their
-    derivatives."""
+    """Operands batched or shared: values, per-sample gradients, and the derivatives of both."""
     function, shapes = OPS[name].replaces[0], VMAPPED[name]
 
     def energy(*operands: Tensor) -> Tensor:
@@ -159,20 +163,21 @@ def test_linear_vmap(shapes: list[tuple[int, ...]]) -> None:
         assert_same(ours, run(), f"in_dims {choice}")
 
 
-def test_backward_traced() -> None:
+@pytest.mark.parametrize("name", ["mv", "mm"])
+def test_backward_traced(name: str) -> None:
     """A tracer that meets the backward of an op that ran before sees ATen operators, no kernel."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    for name in ("mv", "mm"):
-        call = calls(OPS[name])[0]
-        out = call.triton(*call.inputs)
-        (upstream,) = random_like([out])
+    call = calls(OPS[name])[0]
+    out = call.triton(*call.inputs)
+    (upstream,) = random_like([out])
 
-        def backward(g: Tensor, out: Tensor = out, inputs: Any = call.inputs) -> Any:
-            return torch.autograd.grad(out, inputs, g, retain_graph=True)
+    def backward(g: Tensor) -> Any:
+        return torch.autograd.grad(out, call.inputs, g, retain_graph=True)
 
-        traced = make_fx(backward)(upstream)
-        assert_same(list(traced(upstream)), list(backward(upstream)), name)
+    traced = make_fx(backward)(upstream)
+    assert not launched(lambda: traced(upstream))
+    assert_same(list(traced(upstream)), list(backward(upstream)), name)
 
 
 # ---------------------------------------------------------------------------- memory and launches
@@ -248,7 +253,7 @@ def test_weight_gradient_is_one_product() -> None:
     """Not a batch of products that are summed afterwards."""
     x, weight, bias = make(4, 3, 5), make(2, 5), make(2)
     with tritongrad.use():
-        out = F.linear(x, weight, bias)
+        out = F.linear(x.detach(), weight, bias)
     found = launched(lambda: gradients([out], [weight]))
     assert [(args[:3], args[7]) for args in found] == [((2, 5, 12), ())]
     with tritongrad.use():
@@ -352,7 +357,8 @@ def test_what_we_do_not_take_is_torchs(case: str) -> None:
             run()
     else:
         with tritongrad.use() as session:
-            assert_same(run(), expected, case)
+            found = run()
+        assert torch.equal(found, expected)
     assert not session.ran
     assert session.fell_back
 
@@ -371,10 +377,13 @@ def test_tile_table() -> None:
         assert thin.m == 16
 
 
-def test_tf32_as_torch_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_as_torch_was_told() -> None:
     assert launcher._float32_precision() == "ieee"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert launcher._float32_precision() == "tf32"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launcher._float32_precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # --------------------------------------------------------------------------------- machine code
@@ -401,8 +410,8 @@ def compiled(
 
 
 def big(dtype: torch.dtype, *, odd: bool = False, transposed: bool = False) -> Tensor:
-    """A matrix that nobody looks into: 2048 by 2048, or one more."""
-    matrix = torch.empty(1, dtype=dtype, device=DEVICE).as_strided((2048, 2048), (2048 + odd, 1))
+    """2048 rows of 2048 zeros, or of one more."""
+    matrix = torch.zeros(2048, 2048 + odd, dtype=dtype, device=DEVICE)
     return matrix.mT if transposed else matrix
 
 
@@ -431,7 +440,7 @@ def test_machine_code(
 
 def test_unaligned_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of odd length are read element by element; the tile shrinks rather than spill."""
-    a, b = big(torch.bfloat16, odd=True), big(torch.bfloat16, odd=True)
+    a, b = big(torch.bfloat16, odd=True), big(torch.bfloat16, odd=True, transposed=True)
     code = compiled(monkeypatch, a, b, "sm_90")
     assert code["spill_bytes"] == 0
     assert code["wide_loads"] == 0

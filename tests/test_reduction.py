@@ -1,4 +1,4 @@
-"""What is particular to reductions: dimensions, tiles and parts, ties and kinks, and what they cost.
+"""What is particular to reductions: dimensions, tiles and parts, ties and kinks, and their cost.
 
 Derivatives of every order, transforms and layouts are covered by the suites that walk OPS.
 """
@@ -20,6 +20,7 @@ import tritongrad
 from tritongrad.kernels import reduction as k
 from tritongrad.launchers import reduction as launcher
 from tritongrad.launchers.reduction import AMAX, AMIN, SUM, reduce_product, sum_to
+from tritongrad.reroute import HARMLESS
 
 Function = Callable[..., Any]
 NAN, INF = math.nan, math.inf
@@ -37,11 +38,11 @@ each = pytest.mark.parametrize("name", REDUCTIONS)
 
 
 def rerouted(f: Function, *inputs: Tensor) -> Any:
-    """``f`` on our kernels; fails if any of it ran on torch."""
+    """``f`` on our kernels; fails if any of its arithmetic ran on torch."""
     with tritongrad.use() as session:
         result = f(*inputs)
     assert session.ran, session
-    assert not [reason for _, reason in session.fell_back if "result" in reason], session
+    assert not {reason for _, reason in session.fell_back} - HARMLESS, session
     return result
 
 
@@ -93,7 +94,7 @@ def test_extremum_of_nothing(f: Function) -> None:
     x = torch.ones(2, 0, 3, device=DEVICE)
     assert rerouted(lambda x: f(x, 2), x).shape == (2, 0)
     for dim in (1, (), (0, 1)):
-        with tritongrad.use(), pytest.raises((IndexError, RuntimeError), match="reduc|dim"):
+        with tritongrad.use(), pytest.raises((IndexError, RuntimeError), match=r"reduc|dim"):
             f(x, dim)
 
 
@@ -115,7 +116,7 @@ def test_integer_input(dtype: torch.dtype) -> None:
         assert_same(rerouted(lambda x: f(x, 1, dtype=result), x), f(x, 1, dtype=result))  # noqa: B023
     for f in (torch.sum, torch.amax):
         with tritongrad.use() as session:
-            assert_same(f(x), f(x))
+            f(x)
         assert [reason for _, reason in session.fell_back] == ["integer result"]
 
 
@@ -128,7 +129,7 @@ def test_dtype_rounds_the_input_first() -> None:
         )
 
 
-# --------------------------------------------------------------------------------- spellings of norm
+# ------------------------------------------------------------------------------- spellings of norm
 
 
 def test_norm_is_the_vector_norm_where_torch_says_so() -> None:
@@ -359,11 +360,11 @@ def test_halves_accumulate_in_float32(name: str, dtype: torch.dtype) -> None:
 
 
 def test_sum_to() -> None:
-    x = torch.randn(4, 3, 5, device=DEVICE)
+    x = torch.randn(4, 3, 5, device=DEVICE, dtype=torch.float64)
     for shape in ((4, 3, 5), (3, 5), (1, 5), (3, 1), (1, 1, 1), (), (5,), (4, 1, 5)):
         for dtype in FLOATS:
             found = sum_to(x, torch.Size(shape), dtype)
-            assert_same(found, x.double().sum_to_size(shape).to(dtype), str(shape))
+            assert_same(found, x.sum_to_size(shape).to(dtype), str(shape))
 
 
 def test_reduce_product() -> None:

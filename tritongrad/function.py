@@ -271,7 +271,8 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
         params, *tensors = inputs
         specs = None
         if uniform is None or not uniform(params):
-            specs = tuple([None if t is None else Spec(t.shape, t.dtype) for t in tensors])
+            # Plain pairs here, Specs in backward: it is the forward call that users wait for.
+            specs = tuple([None if t is None else (t.shape, t.dtype) for t in tensors])
         ctx.call = params, specs, local.session
         if len(outputs) > 1:
             # An output that the loss does not depend on sends None, not a tensor of zeros.
@@ -303,6 +304,8 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
         if specs is None:
             like = next(g for g in grads if g is not None)
             specs = (Spec(like.shape, like.dtype),) * len(needs)
+        else:
+            specs = tuple([None if s is None else Spec(*s) for s in specs])
         previous = local.session, local.bypass
         local.session, local.bypass = session, 1
         try:

@@ -35,7 +35,7 @@ _MOVING = frozenset(  # a paragraph reads better than a hundred quoted words
     split split_with_sizes squeeze stack swapaxes swapdims t take take_along_dim tensor_split tile
     to transpose tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze
     view view_as vsplit vstack zero_ __getitem__ __get__ __set__ __deepcopy__ __reduce_ex__
-    _make_dual _unpack_dual make_dual unpack_dual __array__ __iter__ __reversed__ retain_grad share_memory_ pin_memory
+    __array__ __iter__ __reversed__ _make_dual _unpack_dual pin_memory retain_grad share_memory_
     """.split()  # noqa: SIM905
 )
 

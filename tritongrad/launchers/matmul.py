@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import matmul as k
-from ..layout import INT32_MAX, Strides, collapse, next_power_of_two
+from ..layout import INT32_MAX, Strides, collapse, dense_strides, next_power_of_two
 from ..runtime import launch_prepared
 
 
@@ -114,13 +114,14 @@ class Plan(NamedTuple):
     """How operands of certain shapes and strides are multiplied.
 
     Attributes:
-        shape: of the result.
+        shape, strides: of the result.
         grid: None if the result is empty.
         geometry: the kernel's arguments after its pointers.
         meta: its constexprs.
     """
 
     shape: torch.Size
+    strides: Strides
     grid: tuple[int] | None
     geometry: tuple[Any, ...]
     meta: dict[str, Any]
@@ -138,8 +139,9 @@ def _plan(
     batch_shape = torch.broadcast_shapes(a_shape[:-2], b_shape[:-2])
     (m, depth), n = a_shape[-2:], b_shape[-1]
     shape = torch.Size((*batch_shape, m, n))
+    strides = dense_strides(shape, range(len(shape) - 1, -1, -1))
     if 0 in shape:
-        return Plan(shape, None, (), {})
+        return Plan(shape, strides, None, (), {})
     a_walk = _walk(a_shape[:-2], a_strides[:-2], batch_shape)
     b_walk = _walk(b_shape[:-2], b_strides[:-2], batch_shape)
     (stride_am, stride_ak), (stride_bk, stride_bn) = a_strides[-2:], b_strides[-2:]
@@ -177,7 +179,7 @@ def _plan(
         m, n, depth, stride_am, stride_ak, stride_bk, stride_bn,
         tuple(sizes), tuple(a_batch), tuple(b_batch),
     )  # fmt: skip
-    return Plan(shape, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
+    return Plan(shape, strides, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
 
 
 def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -188,7 +190,8 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = a.dtype
     precision = _float32_precision() if dtype is torch.float32 else "ieee"
     plan = _plan(a.shape, a.stride(), b.shape, b.stride(), dtype, precision)
-    out = a.new_empty(plan.shape)
+    # Not new_empty(): of torch's allocators the strided ones have the least overhead.
+    out = a.new_empty_strided(plan.shape, plan.strides)
     if plan.grid is not None:
         if bias is not None and bias.stride(0) != 1:
             bias = bias.contiguous()

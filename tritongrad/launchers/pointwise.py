@@ -22,7 +22,6 @@ from ..layout import (
 from ..op import Tensors
 from ..runtime import launch
 
-
 NARROW = INT32_MAX - k.DENSE_BLOCK
 """Up to this many elements the dense kernel's offsets fit 32 bits."""
 

@@ -61,6 +61,7 @@ class Plan(NamedTuple):
 
     Attributes:
         shape, kept: shape of the result, with each reduced dimension left as 1 and without them.
+        shape_strides, kept_strides: the result's strides in either shape.
         geometry: the kernel's arguments from ``kept_shape`` to ``span``.
         rows: elements of the result.
         programs: size of the grid.
@@ -70,6 +71,8 @@ class Plan(NamedTuple):
 
     shape: torch.Size
     kept: torch.Size
+    shape_strides: Strides
+    kept_strides: Strides
     geometry: tuple[Any, ...]
     rows: int
     programs: int
@@ -133,7 +136,10 @@ def _plan(
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
     }
-    return Plan(full_shape, kept_shape, geometry, rows, row_tiles * parts, parts, meta)
+    full_strides = dense_strides(full_shape, range(len(full_shape) - 1, -1, -1))
+    return Plan(
+        full_shape, kept_shape, full_strides, out, geometry, rows, row_tiles * parts, parts, meta
+    )
 
 
 def _along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]]) -> bool:
@@ -183,7 +189,11 @@ def reduce(
         map_params = tuple([encode(v, compute) for v in map_params])
         finish_params = tuple([encode(v, compute) for v in finish_params])
     plan = _plan(shape, strides, dims, _processors(device))
-    out = torch.empty(plan.shape if keepdim else plan.kept, dtype=result, device=device)
+    # Not empty(): of torch's allocators the strided ones have the least overhead.
+    if keepdim:
+        out = torch.empty_strided(plan.shape, plan.shape_strides, dtype=result, device=device)
+    else:
+        out = torch.empty_strided(plan.kept, plan.kept_strides, dtype=result, device=device)
     if not plan.rows:
         return out
     if plan.parts == 1:
