@@ -274,9 +274,9 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
             # Plain pairs here, Specs in backward: it is the forward call that users wait for.
             specs = tuple([None if t is None else (t.shape, t.dtype) for t in tensors])
         ctx.call = params, specs, local.session
-        if len(outputs) > 1:
-            # An output that the loss does not depend on sends None, not a tensor of zeros.
-            ctx.set_materialize_grads(False)
+        # An output that the loss does not depend on sends None, not a tensor of zeros, whose product
+        # with an infinite slope would be NaN (the `out` of a backward op has no use of its own).
+        ctx.set_materialize_grads(False)
         if saves is None:
             ctx.save_for_backward(*tensors)
         else:

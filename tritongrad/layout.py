@@ -19,10 +19,15 @@ INT32_MAX = 2**31 - 1
 
 def broadcast_shape(tensors: Sequence[Tensor]) -> torch.Size:
     """Common shape of ``tensors``. They must broadcast (checked when the call was bound)."""
-    rank = max(t.dim() for t in tensors)
+    return broadcast_sizes([t.shape for t in tensors])
+
+
+def broadcast_sizes(shapes: Sequence[torch.Size]) -> torch.Size:
+    """Common shape of tensors of ``shapes``, which must broadcast."""
+    rank = max([len(s) for s in shapes])
     shape = [1] * rank
-    for t in tensors:
-        for i, size in enumerate(t.shape, rank - t.dim()):
+    for own in shapes:
+        for i, size in enumerate(own, rank - len(own)):
             if size != 1:
                 shape[i] = size
     return torch.Size(shape)
@@ -43,9 +48,18 @@ def broadcasts(*shapes: Sequence[int]) -> bool:
 
 def expanded_strides(tensor: Tensor, shape: Sequence[int]) -> Strides:
     """Strides of ``tensor`` seen as ``shape``: 0 where it is broadcast."""
-    missing = len(shape) - tensor.dim()
-    own = zip(tensor.shape, tensor.stride(), shape[missing:], strict=True)
-    return (0,) * missing + tuple([0 if n == 1 != full else s for n, s, full in own])
+    return strides_as(tensor.shape, tensor.stride(), shape)
+
+
+def strides_as(own: Sequence[int], strides: Strides, shape: Sequence[int]) -> Strides:
+    """Strides of a tensor of shape ``own`` seen as ``shape``: 0 where it is broadcast."""
+    missing = len(shape) - len(own)
+    return (0,) * missing + tuple(
+        [
+            0 if n == 1 != full else s
+            for n, s, full in zip(own, strides, shape[missing:], strict=True)
+        ]
+    )
 
 
 def fastest_first(shape: Sequence[int], strides: Sequence[Strides]) -> list[int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +16,15 @@ from ..kernels import reduction as k
 from ..layout import (
     INT32_MAX,
     Strides,
-    broadcast_shape,
+    broadcast_sizes,
     collapse,
     dense_strides,
-    expanded_strides,
     fastest_first,
     next_power_of_two,
     reach,
+    strides_as,
 )
-from ..runtime import INTERPRETED, launch
+from ..runtime import INTERPRETED, launch_prepared
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that a launch should have for each multiprocessor, to hide the latency of its loads."""
@@ -32,8 +33,11 @@ LEAST_STEPS = 8
 """Steps of a tile along the reduced dimensions below which sharing them does not pay a launch."""
 
 
-class Reduction(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reduction:
     """A reduction as device functions of ``kernels.reduction``.
+
+    Compared by identity, so that it is cheap to look up by: make each once.
 
     Attributes:
         map: each operand's element to what is combined.
@@ -48,9 +52,23 @@ class Reduction(NamedTuple):
     identity: float
     finish: Any = k.keep
 
+    def but(self, **changes: Any) -> Reduction:
+        """It with some functions changed."""
+        return dataclasses.replace(self, **changes)
+
+    @cached_property
+    def partial(self) -> Reduction:
+        """It as the first of two launches does it: the results are parts, not finished."""
+        return self.but(finish=k.keep)
+
+    @cached_property
+    def total(self) -> Reduction:
+        """It as the second launch does it: the elements are parts, mapped already."""
+        return self.but(map=k.keep)
+
 
 SUM = Reduction(k.keep, k.add, k.fold_add, 0.0)
-MEAN = SUM._replace(finish=k.divide)
+MEAN = SUM.but(finish=k.divide)
 PRODUCT = Reduction(k.product, k.add, k.fold_add, 0.0)
 AMAX = Reduction(k.keep, k.maximum, k.fold_maximum, -math.inf)
 AMIN = Reduction(k.keep, k.minimum, k.fold_minimum, math.inf)
@@ -60,35 +78,39 @@ class Plan(NamedTuple):
     """How operands of certain shapes and strides are reduced.
 
     Attributes:
-        shape, kept: shape of the result, with each reduced dimension left as 1 and without them.
-        shape_strides, kept_strides: the result's strides in either shape.
+        shape, strides: of the result.
         geometry: the kernel's arguments from ``kept_shape`` to ``span``.
         rows: elements of the result.
-        programs: size of the grid.
+        grid: of the launch.
         parts: programs that share a row; more than one need a second launch.
-        meta: the kernel's constexprs that depend on the geometry.
+        meta: the kernel's constexprs.
     """
 
     shape: torch.Size
-    kept: torch.Size
-    shape_strides: Strides
-    kept_strides: Strides
+    strides: Strides
     geometry: tuple[Any, ...]
     rows: int
-    programs: int
+    grid: tuple[int]
     parts: int
     meta: dict[str, Any]
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    shape: torch.Size, strides: tuple[Strides, ...], dims: tuple[int, ...], processors: int
+    reduction: Reduction,
+    shapes: tuple[torch.Size, ...],
+    own_strides: tuple[Strides, ...],
+    dims: tuple[int, ...],
+    keepdim: bool,
+    element: torch.dtype,
+    processors: int,
 ) -> Plan:
-    """Args: the common shape of the operands, the strides of each, the dimensions to reduce."""
+    """Args: as ``reduce`` has them, with the shape and strides of each operand."""
+    shape = broadcast_sizes(shapes)
+    strides = [strides_as(own, s, shape) for own, s in zip(shapes, own_strides, strict=True)]
     reduced = [d for d in range(len(shape)) if d in dims]
     kept = [d for d in range(len(shape)) if d not in dims]
     kept_shape = torch.Size([shape[d] for d in kept])
-    full_shape = torch.Size([1 if d in dims else n for d, n in enumerate(shape)])
 
     sizes = [shape[d] for d in reduced]
     own = [tuple([s[d] for d in reduced]) for s in strides]
@@ -131,15 +153,23 @@ def _plan(
         span,
     )
     meta = {
+        "MAP": reduction.map,
+        "COMBINE": reduction.combine,
+        "FOLD": reduction.fold,
+        "FINISH": reduction.finish,
+        "IDENTITY": reduction.identity,
+        "RESULT": TRITON_DTYPE[element],
+        "COMPUTE": TRITON_DTYPE[COMPUTE_DTYPE[element]],
         "RUNS": runs,
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
     }
-    full_strides = dense_strides(full_shape, range(len(full_shape) - 1, -1, -1))
-    return Plan(
-        full_shape, kept_shape, full_strides, out, geometry, rows, row_tiles * parts, parts, meta
-    )
+    result = kept_shape
+    if keepdim:
+        result = torch.Size([1 if d in dims else n for d, n in enumerate(shape)])
+    result_strides = dense_strides(result, range(len(result) - 1, -1, -1))
+    return Plan(result, result_strides, geometry, rows, (row_tiles * parts,), parts, meta)
 
 
 def _along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]]) -> bool:
@@ -179,60 +209,53 @@ def reduce(
     first = operands[0]
     device = first.device
     if len(operands) == 1:
-        shape: torch.Size = first.shape
+        shapes: tuple[torch.Size, ...] = (first.shape,)
         strides: tuple[Strides, ...] = (first.stride(),)
     else:
-        shape = broadcast_shape(operands)
-        strides = tuple([expanded_strides(t, shape) for t in operands])
-    compute = COMPUTE_DTYPE[element]
-    if map_params or finish_params:
-        map_params = tuple([encode(v, compute) for v in map_params])
-        finish_params = tuple([encode(v, compute) for v in finish_params])
-    plan = _plan(shape, strides, dims, _processors(device))
+        shapes = tuple([t.shape for t in operands])
+        strides = tuple([t.stride() for t in operands])
+    plan = _plan(reduction, shapes, strides, dims, keepdim, element, _processors(device))
     # Not empty(): of torch's allocators the strided ones have the least overhead.
-    if keepdim:
-        out = torch.empty_strided(plan.shape, plan.shape_strides, dtype=result, device=device)
+    if result is first.dtype:
+        out = first.new_empty_strided(plan.shape, plan.strides)
     else:
-        out = torch.empty_strided(plan.kept, plan.kept_strides, dtype=result, device=device)
+        out = torch.empty_strided(plan.shape, plan.strides, dtype=result, device=device)
     if not plan.rows:
         return out
+    if map_params or finish_params:
+        compute = COMPUTE_DTYPE[element]
+        map_params = tuple([encode(v, compute) for v in map_params])
+        finish_params = tuple([encode(v, compute) for v in finish_params])
     if plan.parts == 1:
-        _launch(plan, reduction, operands, out, element, compute, map_params, finish_params)
-        return out
-    parts = torch.empty((plan.parts, plan.rows), dtype=compute, device=device)
-    partial = reduction._replace(finish=k.keep)
-    _launch(plan, partial, operands, parts, element, compute, map_params, ())
-    total = reduction._replace(map=k.keep)
-    # One program a row from here on, or the parts would be shared out again.
-    plan = _plan(parts.shape, (parts.stride(),), (0,), 0)
-    _launch(plan, total, (parts,), out, compute, compute, (), finish_params)
+        args = (out, operands, map_params, finish_params, *plan.geometry)
+        launch_prepared(k.reduce, plan.grid, args, device, plan.meta)
+    else:
+        _in_parts(reduction, plan.parts, operands, out, dims, element, map_params, finish_params)
     return out
 
 
-def _launch(
-    plan: Plan,
+def _in_parts(
     reduction: Reduction,
+    count: int,
     operands: tuple[Tensor, ...],
     out: Tensor,
+    dims: tuple[int, ...],
     element: torch.dtype,
-    compute: torch.dtype,
     map_params: tuple[Number, ...],
     finish_params: tuple[Number, ...],
 ) -> None:
-    launch(
-        k.reduce,
-        (plan.programs,),
-        (out, operands, map_params, finish_params, *plan.geometry),
-        out.device,
-        MAP=reduction.map,
-        COMBINE=reduction.combine,
-        FOLD=reduction.fold,
-        FINISH=reduction.finish,
-        IDENTITY=reduction.identity,
-        RESULT=TRITON_DTYPE[element],
-        COMPUTE=TRITON_DTYPE[compute],
-        **plan.meta,
-    )
+    """Few rows of many elements: ``count`` programs share each, and a second launch their parts."""
+    device, compute = out.device, COMPUTE_DTYPE[element]
+    parts = torch.empty((count, out.numel()), dtype=compute, device=device)
+    shapes, strides = tuple([t.shape for t in operands]), tuple([t.stride() for t in operands])
+    processors = _processors(device)
+    plan = _plan(reduction.partial, shapes, strides, dims, False, element, processors)
+    args = (parts, operands, map_params, (), *plan.geometry)
+    launch_prepared(k.reduce, plan.grid, args, device, plan.meta)
+    # For no processors: one program a row from here on, or the parts would be shared out again.
+    whole = _plan(reduction.total, (parts.shape,), (parts.stride(),), (0,), False, compute, 0)
+    args = (out, (parts,), (), finish_params, *whole.geometry)
+    launch_prepared(k.reduce, whole.grid, args, device, whole.meta)
 
 
 def sum_to(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

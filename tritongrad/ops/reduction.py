@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL, Number
 from ..function import admit, apply, settle
 from ..kernels import reduction as k
 from ..launchers.pointwise import elementwise
-from ..launchers.reduction import AMAX, AMIN, MEAN, SUM, reduce
+from ..launchers.reduction import AMAX, AMIN, MEAN, SUM, Reduction, reduce
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 
@@ -308,11 +308,15 @@ def _extremum_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Te
     return exact_pointwise(k.extremum_bwd, (g, x, out, count), params.result, spec.dtype)
 
 
+@cache
+def _counting(function: Any) -> Reduction:
+    return SUM.but(map=function)
+
+
 def hits_per_row(function: Any, params: Params, x: Tensor, out: Tensor) -> Tensor:
     """How many elements of each row of ``x`` are its extremum."""
     compute = COMPUTE_DTYPE[params.result]
-    counting = SUM._replace(map=function)
-    return reduce(counting, (x, out), params.dims, True, params.result, compute)
+    return reduce(_counting(function), (x, out), params.dims, True, params.result, compute)
 
 
 def exact_pointwise(

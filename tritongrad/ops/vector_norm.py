@@ -115,14 +115,14 @@ def _bind_linalg_norm(
 def _kind(p: float) -> tuple[Reduction, tuple[float, ...], tuple[float, ...]]:
     """The reduction that a norm of order ``p`` is, with its parameters."""
     if p == 0:
-        return SUM._replace(map=k.nonzero), (), ()
+        return SUM.but(map=k.nonzero), (), ()
     if p == 1:
-        return SUM._replace(map=k.absolute), (), ()
+        return SUM.but(map=k.absolute), (), ()
     if p == 2:
-        return SUM._replace(map=k.square, finish=k.root), (), ()
+        return SUM.but(map=k.square, finish=k.root), (), ()
     if math.isinf(p):
-        return (AMAX if p > 0 else AMIN)._replace(map=k.absolute), (), ()
-    return SUM._replace(map=k.absolute_power, finish=k.power), (p,), (1 / p,)
+        return (AMAX if p > 0 else AMIN).but(map=k.absolute), (), ()
+    return SUM.but(map=k.absolute_power, finish=k.power), (p,), (1 / p,)
 
 
 def _forward(params: Params, x: Tensor) -> Tensor:
