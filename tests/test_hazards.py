@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from scenarios import SUMMED, agree, gradients, launches, linked, small, square_sum
-from support import ALL, DIFFERENTIABLE, Call, Tolerance, assert_same, floats, random_like
+from support import ALL, DIFFERENTIABLE, Call, assert_same, floats, random_like
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import tritongrad
-from tritongrad.op import OPS
 from tritongrad.sampling import tensors
 
 each_op = pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -83,36 +82,6 @@ def test_gradient_penalty(name: str) -> None:
         return attached, first, gradients([loss + square_sum(first)], inputs)
 
     agree(name, scenario, SUMMED)
-
-
-@each_op
-def test_third_order(name: str) -> None:
-    """2: the third derivative, where the op promises it."""
-    if (OPS[name].max_order or 3) < 3:
-        pytest.skip(f"{name} goes to order {OPS[name].max_order}")
-
-    def scenario(f, inputs):
-        first = gradients([square_sum(linked(f(*inputs)))], inputs, create_graph=True)
-        second = gradients([square_sum(first)], inputs, create_graph=True)
-        return gradients([square_sum(second)], inputs)
-
-    # Three sums over squares of squares: relative error grows with each.
-    agree(name, scenario, Tolerance(1e-9, 1e-9), most=2)
-
-
-@each_op
-def test_functional_hessian(name: str) -> None:
-    """2: ``autograd.functional.hessian`` is not zero where torch's is not."""
-    filled = [c for c in small(name, most=100) if all(t.numel() for t in c.inputs)]
-    call = min(filled, key=lambda c: abs(sum(t.numel() for t in c.inputs) - 8))
-
-    def hessian(f):
-        def loss(*inputs):
-            return sum((out * out).sum() for out in floats(f(*inputs)))
-
-        return torch.autograd.functional.hessian(loss, tuple(call.inputs))
-
-    assert_same(hessian(call.triton), hessian(call.torch), name, tolerance=SUMMED)
 
 
 @each_op

@@ -112,10 +112,9 @@ def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype
         exact = derivatives(wide.torch, wide.inputs, dtype, second=False)
         check = partial(assert_as_accurate, what=repr(call))
         check(ours.value, theirs.value, exact.value)
-        # Derivatives may be formulas of the rounded result, and sums of what has been rounded.
         gradient, tangents = terms(wide.torch, wide.inputs, dtype)
-        check(ours.gradient, theirs.gradient, exact.gradient, roundings=2, scale=gradient)
-        check(ours.tangents, theirs.tangents, exact.tangents, roundings=2, scale=tangents)
+        check(ours.gradient, theirs.gradient, exact.gradient, scale=gradient)
+        check(ours.tangents, theirs.tangents, exact.tangents, scale=tangents)
 
 
 def spellings(info: OpInfo) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -142,7 +141,9 @@ def test_every_spelling_runs_on_triton(name: str, entry: str) -> None:
             with tritongrad.use() as session:
                 result = function(*args, **kwargs)
             check_session(op, session)
-            assert_same(result, expected, f"{spelling} of {Call(op, sample, info.op)!r}")
+            call = Call(op, sample, function)
+            what = f"{spelling} of {Call(op, sample, info.op)!r}"
+            assert_same(result, expected, what, exact=call.double().torch)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +173,11 @@ def test_in_place_stays_with_torch(name: str, entry: str) -> None:
 def test_refuses_what_torch_refuses(name: str, entry: str) -> None:
     """HAZARDS 28: torch's exception, and torch's message after what came for each argument."""
     info = INFOS[entry]
-    for refused in info.error_inputs(DEVICE):
+    for refused in info.error_inputs(DEVICE.type):
         sample = refused.sample_input
         with (
             tritongrad.use() as session,
-            pytest.raises(refused.error_type, match=refused.error_regex) as caught,
+            pytest.raises(refused.error_type, match=refused.error_regex or None) as caught,
         ):
             info.op(sample.input, *sample.args, **sample.kwargs)
         assert not session.ran[name]

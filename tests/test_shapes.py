@@ -5,7 +5,7 @@ The tests' numbers are those of the project's list of hazards, which each docstr
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -98,9 +98,7 @@ def test_memory_format(name: str, memory_format: torch.memory_format) -> None:
             return t.contiguous(memory_format=memory_format) if t.dim() == 4 else t
         return t.permute(*range(1, t.dim()), 0) if t.dim() == 4 else t
 
-    for call in small(name, most=3):
-        if not all(t.numel() for t in call.inputs):
-            continue
+    for call in solid(name):
         wide = resized(call, lambda shape: (3, 3, 3, 3) if len(shape) == 2 else shape)
         inputs = [arrange(x) for x in wide.inputs]
         try:
@@ -114,6 +112,11 @@ def test_memory_format(name: str, memory_format: torch.memory_format) -> None:
 
 
 # --------------------------------------------------------------------- 10, 11, 13: inputs' sizes
+
+
+def solid(name: str) -> list[Call]:
+    """Small samples none of whose tensors is empty."""
+    return [c for c in small(name, most=3) if all(t.numel() for t in tensors(c.sample))]
 
 
 def resized(call: Call, reshape: Callable[[torch.Size], Sequence[int]]) -> Call:
@@ -153,9 +156,7 @@ def same_or_same_error(call: Call) -> None:
 @pytest.mark.parametrize("size", [0, 1])
 def test_degenerate_sizes(name: str, size: int) -> None:
     """10: every dimension of size zero or one, one at a time and all at once; 0-dim."""
-    for call in small(name, most=3):
-        if not all(t.numel() for t in call.inputs):
-            continue
+    for call in solid(name):
         for old in {n for t in call.inputs for n in t.shape}:
             same_or_same_error(
                 resized(call, lambda shape, old=old: [size if n == old else n for n in shape])
@@ -168,8 +169,8 @@ def test_degenerate_sizes(name: str, size: int) -> None:
 @pytest.mark.parametrize("dim", [0, -1])
 def test_wrong_shapes(name: str, dim: int) -> None:
     """13: shapes that do not go together raise torch's error, and no kernel is launched on them."""
-    for call in small(name, most=3):
-        if len(tensors(call.sample)) < 2 or not all(t.numel() for t in call.inputs):
+    for call in solid(name):
+        if len(tensors(call.sample)) < 2:
             continue
         number = count()
 
@@ -190,18 +191,24 @@ def test_wrong_shapes(name: str, dim: int) -> None:
             same_or_same_error(changed)
 
 
-LONG = 65537
-MOST = 4 * LONG
-"""Elements of a tensor: the interpreter takes a millisecond for about a thousand of them."""
+def lengthened(name: str, length: int, others: int, most: int) -> Iterator[Call]:
+    """Calls with each of the sizes of a sample in turn set to ``length`` and the others to
+    ``others``, as long as torch takes them and no tensor has over ``most`` elements."""
+    for call in solid(name):
+        for old in {n for t in call.inputs for n in t.shape if n > 1}:
 
+            def reshape(shape: torch.Size, old: int = old) -> list[int]:
+                return [length if n == old else others for n in shape]
 
-def elements(call: Call) -> int:
-    """Elements of the largest tensor among inputs and results; infinite if torch refuses them."""
-    try:
-        found = call.torch(*[t.detach().to("meta") for t in call.inputs])
-    except RuntimeError:
-        return sys.maxsize
-    return max(t.numel() for t in (*call.inputs, *flatten(found)) if isinstance(t, Tensor))
+            if max(math.prod(reshape(t.shape)) for t in call.inputs) > most:
+                continue
+            changed = resized(call, reshape)
+            try:
+                found = changed.torch(*[t.detach().to("meta") for t in changed.inputs])
+            except RuntimeError:
+                continue
+            if max(t.numel() for t in flatten(found)) <= most:
+                yield changed
 
 
 @each_op
@@ -211,11 +218,8 @@ def test_long_dimensions(name: str) -> None:
         pytest.skip(
             "pointwise kernels see one flat dimension, and a sample is past one block of it"
         )
-    for call in small(name, most=3):
-        for old in {n for t in call.inputs for n in t.shape if n > 1 and t.numel()}:
-            changed = resized(call, lambda shape, old=old: [LONG if n == old else 2 for n in shape])
-            if elements(changed) <= MOST:
-                same_or_same_error(changed)
+    for call in lengthened(name, 65537, 2, 150_000):
+        same_or_same_error(call)
 
 
 @each_op
@@ -223,13 +227,8 @@ def test_grid_limits(name: str) -> None:
     """11: a GPU's grid has at most 65535 programs in y and in z, whatever the sizes."""
     grids: list[tuple[int, ...]] = []
     with runtime.stub(), runtime.observe(lambda kernel, grid, args, meta: grids.append(grid)):
-        for call in small(name):
-            for old in {n for t in call.inputs for n in t.shape if n > 1 and t.numel()}:
-                changed = resized(
-                    call, lambda shape, old=old: [1_000_000 if n == old else 1 for n in shape]
-                )
-                if elements(changed) <= 1_000_000:
-                    gradients(linked(changed.triton(*changed.inputs)), changed.inputs)
+        for call in lengthened(name, 1_000_000, 1, 2_000_000):
+            gradients(linked(call.triton(*call.inputs)), call.inputs)
     assert grids
     for grid in grids:
         assert grid[0] < 2**31

@@ -274,8 +274,9 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
             # Plain pairs here, Specs in backward: it is the forward call that users wait for.
             specs = tuple([None if t is None else (t.shape, t.dtype) for t in tensors])
         ctx.call = params, specs, local.session
-        # An output that the loss does not depend on sends None, not a tensor of zeros, whose product
-        # with an infinite slope would be NaN (the `out` of a backward op has no use of its own).
+        # An output that the loss does not depend on sends None, not a tensor of zeros, whose
+        # product with an infinite slope would be NaN (the `out` of a backward op has no use of
+        # its own).
         ctx.set_materialize_grads(False)
         if saves is None:
             ctx.save_for_backward(*tensors)
@@ -457,12 +458,16 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
             pull = torch.func.vjp(outputs, *primals)[1]
             found = pull(cotangents)
     else:
-        create_graph = torch.is_grad_enabled()
+        # Not where nothing is attached: values out of a transform that has ended left their graph
+        # behind, and what is computed from them must not claim one.
+        attached = any(t.requires_grad for t in (*primals, *cotangents))
+        create_graph = torch.is_grad_enabled() and attached
         with torch.enable_grad(), rules():
             # Aliases: one saved tensor may have been computed from another, and only the
-            # partial derivative is wanted. They stay attached if the caller records a graph.
+            # partial derivative is wanted.
             primals = [
-                t.view_as(t) if create_graph else t.detach().requires_grad_() for t in primals
+                t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_()
+                for t in primals
             ]
             values = outputs(*primals)
             linked = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]

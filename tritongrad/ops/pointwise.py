@@ -219,12 +219,14 @@ pointwise(
 )  # fmt: skip
 
 # Comparisons: no derivative, but the rules above and the control flow of user code need them.
-for _name, _symbol in (
-    ("eq", "__eq__"), ("ne", "__ne__"), ("lt", "__lt__"),
-    ("le", "__le__"), ("gt", "__gt__"), ("ge", "__ge__"),
+for _name, _symbol, _alias in (
+    ("eq", "__eq__", None), ("ne", "__ne__", "not_equal"),
+    ("lt", "__lt__", "less"), ("le", "__le__", "less_equal"),
+    ("gt", "__gt__", "greater"), ("ge", "__ge__", "greater_equal"),
 ):  # fmt: skip
+    _aliases = () if _alias is None else (getattr(torch, _alias), getattr(T, _alias))
     pointwise(
-        _name, getattr(torch, _name), getattr(T, _name), getattr(T, _symbol),
+        _name, getattr(torch, _name), getattr(T, _name), getattr(T, _symbol), *_aliases,
         bind=bind_two, inputs=("x", "y"), rules={}, boolean=True,
         samples=_number_samples(-2.0, 2.0),
     )  # fmt: skip

@@ -1,0 +1,219 @@
+"""torch.func and forward mode (HAZARDS 7, 21): every transform, nested, equals native torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scenarios import SUMMED, small
+from support import DEVICE, assert_same, floats, random_like
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+
+import tritongrad
+from tritongrad.op import OPS
+from tritongrad.sampling import Random
+
+DIFFERENTIABLE = [name for name, op in OPS.items() if op.differentiable]
+
+COMPOSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "products": lambda v: (v.tanh() * v**3).sum() / (1 + torch.dot(v, v)),
+    "norms": lambda v: torch.linalg.vector_norm(v) * v.exp().mean() - v.amax(),
+    "matrices": lambda v: (torch.outer(v.sin(), v) @ v).sigmoid().sum(),
+    "broadcasting": lambda v: (v[:, None] * v.cos() - v.sqrt()).sum(0).square().sum(),
+    "choice": lambda v: (
+        torch.where(v > 1, v * v, v.log()).sum() + torch.maximum(v, 2 * v - 1).sum()
+    ),
+}
+
+
+def point() -> Tensor:
+    return Random(torch.float64, DEVICE)(3, low=0.4, high=1.6, requires_grad=False)
+
+
+def rerouted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with its torch calls on our ops, the transforms around it left to torch."""
+
+    def run(*args: Any) -> Any:
+        with tritongrad.use() as session:
+            result = function(*args)
+        assert session.ran
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize(
+    "nest",
+    list(itertools.product([jacfwd, jacrev], repeat=3)),
+    ids=lambda n: "-".join(f.__name__ for f in n),
+)
+def test_third_derivatives_by_every_nest(name: str, nest: tuple[Callable[..., Any], ...]) -> None:
+    """Two levels of forward mode lose the inner tangent in a plain autograd.Function."""
+    function = COMPOSITIONS[name]
+    native, ours = function, rerouted(function)
+    for transform in nest:
+        native, ours = transform(native), transform(ours)
+    assert_same(ours(point()), native(point()), name, tolerance=SUMMED)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_hessian_and_its_product_with_a_vector(name: str) -> None:
+    function, x = COMPOSITIONS[name], point()
+    v = torch.ones_like(x)
+    assert_same(hessian(rerouted(function))(x), hessian(function)(x), name, tolerance=SUMMED)
+    for product in (
+        lambda f: jvp(grad(f), (x,), (v,))[1],
+        lambda f: vjp(grad(f), x)[1](v)[0],
+        lambda f: grad(lambda x: jvp(f, (x,), (v,))[1])(x),
+    ):
+        assert_same(product(rerouted(function)), product(function), name, tolerance=SUMMED)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_transforms_applied_under_use(name: str) -> None:
+    """The mode outside the transform, not inside."""
+    function, x = COMPOSITIONS[name], point()
+    expected = vmap(grad(function))(torch.stack([x, x + 0.5]))
+    with tritongrad.use() as session:
+        actual = vmap(grad(function))(torch.stack([x, x + 0.5]))
+    assert session.launches
+    assert_same(actual, expected, name, tolerance=SUMMED)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_vjp_jvp_and_linearize(name: str) -> None:
+    for call in small(name, most=3):
+        # Clones: linearize writes into what it traces, and an expanded tensor cannot be written.
+        inputs = [t.detach().clone(memory_format=torch.contiguous_format) for t in call.inputs]
+        tangents = tuple(random_like(inputs, 5))
+        results = []
+        for function in (call.triton, call.torch):
+            value, pull = vjp(function, *inputs)
+            cotangents = random_like(floats(value), 6)
+            cotangent = cotangents[0] if isinstance(value, Tensor) else tuple(cotangents)
+            results.append(
+                (
+                    value,
+                    pull(cotangent),
+                    jvp(function, tuple(inputs), tangents),
+                    linearize(function, *inputs)[1](*tangents)
+                    if function is call.torch
+                    else jvp(function, tuple(inputs), tangents)[1],
+                )
+            )
+        assert_same(results[0], results[1], str(call), tolerance=SUMMED)
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_vmap_over_every_choice_of_dimensions(name: str) -> None:
+    for call in small(name, most=3):
+        inputs = [t.detach() for t in call.inputs]
+        choices = {0, None, -1}
+        for dims in itertools.product(choices, repeat=len(inputs)):
+            if all(d is None for d in dims):
+                continue
+            batched = [
+                t if d is None else torch.stack([t, t * 0.5 + 0.1, t * 0.9], d)
+                for t, d in zip(inputs, dims, strict=True)
+            ]
+            expected = vmap(call.torch, dims)(*batched)
+            actual = vmap(call.triton, dims)(*batched)
+            assert_same(actual, expected, f"{call}, in_dims={dims}", tolerance=SUMMED)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_per_sample(name: str) -> None:
+    """Each sample has its own gradient, also of an input that all samples share."""
+    for call in small(name, most=2):
+        inputs = [t.detach() for t in call.inputs]
+        everything = tuple(range(len(inputs)))
+
+        def loss(function: Callable[..., Any]) -> Callable[..., Tensor]:
+            return lambda *v: sum((t * t).sum() for t in floats(function(*v)))
+
+        for dims in {(0,) * len(inputs), (0, *[None] * (len(inputs) - 1))}:
+            batched = [
+                t if d is None else torch.stack([t, t * 0.5 + 0.1])
+                for t, d in zip(inputs, dims, strict=True)
+            ]
+            expected = vmap(grad(loss(call.torch), everything), dims)(*batched)
+            actual = vmap(grad(loss(call.triton), everything), dims)(*batched)
+            assert_same(actual, expected, f"{call}, in_dims={dims}", tolerance=SUMMED)
+            nested = vmap(vmap(grad(loss(call.triton), everything), dims), dims)
+            twice = [
+                t if d is None else torch.stack([t, t + 0.1])
+                for t, d in zip(batched, dims, strict=True)
+            ]
+            expected = vmap(vmap(grad(loss(call.torch), everything), dims), dims)(*twice)
+            assert_same(nested(*twice), expected, f"{call}, nested", tolerance=SUMMED)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_dual_numbers_forward_over_reverse_and_reverse_over_forward(name: str) -> None:
+    function, v = COMPOSITIONS[name], torch.ones(3, dtype=torch.float64, device=DEVICE)
+
+    def forward_over_reverse(f: Callable[[Tensor], Tensor]) -> Tensor:
+        x = point().requires_grad_()
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, v)
+            (slope,) = torch.autograd.grad(f(dual), dual, create_graph=True)
+            return forward_ad.unpack_dual(slope).tangent
+
+    def reverse_over_forward(f: Callable[[Tensor], Tensor]) -> Tensor:
+        x = point().requires_grad_()
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
+            return torch.autograd.grad(tangent, x)[0]
+
+    for product in (forward_over_reverse, reverse_over_forward):
+        assert_same(product(rerouted(function)), product(function), name, tolerance=SUMMED)
+
+
+def test_transforms_over_dual_numbers() -> None:
+    """torch.func inside a forward-mode level of the user's."""
+    function, x = COMPOSITIONS["products"], point()
+    v = torch.ones_like(x)
+
+    def mixed(f: Callable[[Tensor], Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(grad(f)(forward_ad.make_dual(x, v))).tangent
+
+    assert_same(mixed(rerouted(function)), mixed(function), "mixed", tolerance=SUMMED)
+
+
+def test_a_network_as_a_function_of_its_parameters() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    model = model.double().to(DEVICE)
+    x = Random(torch.float64, DEVICE)(5, 3, requires_grad=False)
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    per_sample = vmap(grad(loss), (None, 0))
+    expected = per_sample(parameters, x)
+    with tritongrad.use():
+        actual = per_sample(parameters, x)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_same(actual[name], value, name, tolerance=SUMMED)
+
+
+def test_batched_gradients_of_the_legacy_kind_are_right_or_an_error() -> None:
+    """torch shows its own batching to no autograd.Function; a wrong number is not an option."""
+    x = point().requires_grad_()
+    directions = torch.eye(3, dtype=torch.float64, device=DEVICE)
+    expected = torch.autograd.grad(F.relu(x.tanh()), x, directions, is_grads_batched=True)
+    y = tritongrad.nn.functional.relu(tritongrad.tanh(x))
+    try:
+        actual = torch.autograd.grad(y, x, directions, is_grads_batched=True)
+    except RuntimeError:
+        return
+    assert_same(actual, expected, "batched")
