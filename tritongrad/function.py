@@ -527,13 +527,16 @@ class rules(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
-        target = TARGETS.get(func)
         kwargs = kwargs or {}
-        if target is None or local.bypass:
+        if local.bypass:
             return func(*args, **kwargs)
+        # Neither is for the modes around this one, which are the user's.
         local.bypass = 1
         try:
-            return dispatch(*target, func, args, kwargs, None)
+            target = TARGETS.get(func)
+            if target is not None:
+                return dispatch(*target, func, args, kwargs, None)
+            return func(*args, **kwargs)
         finally:
             local.bypass = 0
 

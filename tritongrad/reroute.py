@@ -36,6 +36,7 @@ _MOVING = frozenset(  # a paragraph reads better than a hundred quoted words
     to transpose tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze
     view view_as vsplit vstack zero_ __getitem__ __get__ __set__ __deepcopy__ __reduce_ex__
     __array__ __iter__ __reversed__ _make_dual _unpack_dual pin_memory retain_grad share_memory_
+    resolve_conj resolve_neg
     """.split()  # noqa: SIM905
 )
 

@@ -171,7 +171,7 @@ register(product(
     samples=_bmm_samples, autocast=LOWER, opinfo=("bmm",),
 ))  # fmt: skip
 register(product(
-    "matmul", torch.matmul, T.matmul, T.__matmul__,
+    "matmul", torch.matmul, torch.linalg.matmul, T.matmul, T.__matmul__,
     bind=_bind_matmul, variants={T.__rmatmul__: _bind_rmatmul},
     kernels=GEMM + REDUCTION, backward_kernels=GEMM + VECTOR_BACKWARD,
     formula="da = g @ b.mT; db = a.mT @ g, each summed over the batch it was broadcast along",

@@ -258,8 +258,9 @@ def _total_samples(make: Make) -> Iterator[Sample]:
 
 
 def _spread(params: Params, spec: Spec, g: Tensor) -> Tensor:
-    # A view: converted while it is small, then every element reads the same memory.
-    return restored(g.to(spec.dtype), params).expand(spec.shape)
+    # A view, unless dtype= was given. Converted after it is expanded, as torch does: the derivative
+    # of this sums what has not been rounded to the input's dtype yet.
+    return restored(g, params).expand(spec.shape).to(spec.dtype)
 
 
 def _sum_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tensor:
@@ -267,7 +268,8 @@ def _sum_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tens
 
 
 def _mean_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tensor:
-    return _spread(params, spec, g / count_of(spec.shape, params.dims))
+    # Of no elements each gets nothing, and no number is divided by 0 on the way.
+    return _spread(params, spec, g / max(count_of(spec.shape, params.dims), 1))
 
 
 def _sum_forward(params: Params, x: Tensor) -> Tensor:
