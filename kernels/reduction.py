@@ -17,8 +17,9 @@ import triton.language as tl
 from . import math as m
 from .pointwise import numbers, sign_of
 
-# Elements of a tile: 32 a thread, several 16-byte loads in flight in each.
-TILE = 4096
+# A tile's accumulators: 32 floats a thread, so several 16-byte loads in flight in each, and in
+# float64 half as many elements, or the power of a p-norm spills.
+TILE_BYTES = 16384
 # Kept elements of a tile whose contiguous axis is the kept one: a warp reads 512 bytes in float32.
 KEPT_BLOCK = 128
 # A contiguous run of reduced elements this long is walked by itself; shorter ones are strung

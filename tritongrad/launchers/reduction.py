@@ -124,12 +124,13 @@ def _plan(
 
     runs = len(reduced_sizes) == 1 or reduced_sizes[0] >= k.RUN
     length = reduced_sizes[0] if runs else columns
+    tile = k.TILE_BYTES // COMPUTE_DTYPE[element].itemsize
     if _along_rows(kept_strides, reduced_strides):
-        block_columns = min(next_power_of_two(length), k.TILE)
-        block_rows = min(next_power_of_two(rows), k.TILE // block_columns)
+        block_columns = min(next_power_of_two(length), tile)
+        block_rows = min(next_power_of_two(rows), tile // block_columns)
     else:
         block_rows = min(next_power_of_two(rows), k.KEPT_BLOCK)
-        block_columns = min(next_power_of_two(length), k.TILE // block_rows)
+        block_columns = min(next_power_of_two(length), tile // block_rows)
     steps = -(-length // block_columns) * (columns // max(length, 1))
     row_tiles = -(-rows // block_rows)
     parts = 1
@@ -140,7 +141,7 @@ def _plan(
 
     every = list(zip(kept_strides, reduced_strides, strict=True))
     reaches = [reach(kept_sizes, a) + reach(reduced_sizes, b) for a, b in every]
-    wide = max(*reaches, parts * rows, columns) > INT32_MAX - k.TILE
+    wide = max(*reaches, parts * rows, columns) > INT32_MAX - tile
     geometry = (
         tuple(kept_sizes),
         tuple(out_strides),

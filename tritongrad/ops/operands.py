@@ -173,9 +173,27 @@ def bind_scaled_left(
     return bind_scaled(input, other, alpha=alpha)
 
 
+def bind_radd(
+    input: Tensor, other: Tensor | Number, *, alpha: Number = 1
+) -> tuple[Tensors, Params]:
+    return bind_scaled(other, input, alpha=alpha)
+
+
+def _refuse_bool(*operands: Any) -> None:
+    for value in operands:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+            raise Unsupported("subtraction with a bool")
+
+
+def bind_sub(input: Tensor, other: Tensor | Number, *, alpha: Number = 1) -> tuple[Tensors, Params]:
+    _refuse_bool(input, other)
+    return bind_scaled_left(input, other, alpha=alpha)
+
+
 def bind_rsub(
     input: Tensor, other: Tensor | Number, *, alpha: Number = 1
 ) -> tuple[Tensors, Params]:
+    _refuse_bool(input, other)
     return bind_scaled(other, input, alpha=alpha)
 
 
@@ -194,6 +212,8 @@ def bind_rmul(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
 
 
 def bind_rdiv(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
+    if not isinstance(self, Tensor):
+        raise Unsupported(f"self is a {type(self).__name__}")
     return _binary(other, self, True)
 
 

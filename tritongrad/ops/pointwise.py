@@ -19,11 +19,13 @@ from ..sampling import Make, Sample
 from .operands import (
     bind_div,
     bind_pow,
+    bind_radd,
     bind_rdiv,
     bind_relu_function,
     bind_rmul,
     bind_rsub,
     bind_scaled_left,
+    bind_sub,
     bind_two,
     bind_where,
     bind_where_method,
@@ -93,7 +95,7 @@ def exponent_slope(g: Tensor, x: Any, y: Tensor, out: Tensor) -> Tensor:
 pointwise(
     "add", torch.add, T.add, T.__add__,
     bind=bind_scaled_left,
-    variants={T.__radd__: bind_rsub},
+    variants={T.__radd__: bind_radd},
     inputs=("x", "y"),
     consts=("alpha",),
     rules={"x": lambda g: g, "y": lambda g, alpha: scaled(g, alpha)},
@@ -102,7 +104,7 @@ pointwise(
 )  # fmt: skip
 pointwise(
     "sub", torch.sub, torch.subtract, T.sub, T.subtract, T.__sub__,
-    bind=bind_scaled_left,
+    bind=bind_sub,
     variants={T.__rsub__: bind_rsub, torch.rsub: bind_rsub},
     inputs=("x", "y"),
     consts=("alpha",),
