@@ -32,6 +32,10 @@ COMPOSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# torch's own norm writes into a tensor that its third derivative needs, and raises.
+NATIVE = COMPOSITIONS | {"norms": lambda v: v.square().sum().sqrt() * v.exp().mean() - v.amax()}
+
+
 def point() -> Tensor:
     return Random(torch.float64, DEVICE)(3, low=0.4, high=1.6, requires_grad=False)
 
@@ -56,8 +60,7 @@ def rerouted(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 def test_third_derivatives_by_every_nest(name: str, nest: tuple[Callable[..., Any], ...]) -> None:
     """Two levels of forward mode lose the inner tangent in a plain autograd.Function."""
-    function = COMPOSITIONS[name]
-    native, ours = function, rerouted(function)
+    native, ours = NATIVE[name], rerouted(COMPOSITIONS[name])
     for transform in nest:
         native, ours = transform(native), transform(ours)
     assert_same(ours(point()), native(point()), name, tolerance=SUMMED)

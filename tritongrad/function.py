@@ -155,7 +155,7 @@ def fall_back(
         session._count_fall_back(torch_name(func), reason)
     try:
         return func(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if type(error).__module__ != "builtins":
             raise  # torch.OutOfMemoryError and its like are not about the arguments
         message = f"{op.name}({describe(bind, args, kwargs)}): {error}"

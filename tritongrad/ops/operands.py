@@ -218,6 +218,8 @@ def bind_rdiv(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
 
 
 def bind_pow(input: Tensor | Number, exponent: Tensor | Number) -> tuple[Tensors, Params]:
+    if isinstance(exponent, Tensor) and exponent.dtype is torch.bool:
+        raise Unsupported("bool exponent, of which torch has no slope")
     return _binary(input, exponent, False)
 
 
