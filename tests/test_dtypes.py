@@ -65,7 +65,7 @@ def agree(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     shown = [f"{name_of(a.dtype)}{list(a.shape)}" if torch.is_tensor(a) else repr(a) for a in args]
     # A wide gradient may be a sum of what torch, or we, rounded to a narrower operand's dtype.
     dtypes = [a.dtype for a in args if torch.is_tensor(a) and a.is_floating_point()]
-    coarsest = max(torch.finfo(d).eps for d in (*dtypes, torch.get_default_dtype()))
+    coarsest = max(torch.finfo(d).eps for d in dtypes or [torch.get_default_dtype()])
     tolerance = Tolerance(max(2 * coarsest, TOLERANCE[torch.float64].rtol), 0.0)
     assert_same(
         found, expected, f"{name_of(function)}({', '.join(shown)}, {kwargs})", tolerance=tolerance

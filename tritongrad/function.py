@@ -233,6 +233,14 @@ def apply(op: Op, params: Any, tensors: Tensors) -> Any:
 
     Returns the public outputs: a tensor, or a tuple of them.
     """
+    result = _run(op, params, tensors)
+    if type(result) is tuple and len(result) > op.outputs:
+        return result[0] if op.outputs == 1 else result[: op.outputs]
+    return result
+
+
+def _run(op: Op, params: Any, tensors: Tensors) -> Any:
+    """``apply`` with what the op keeps for its backward among the outputs."""
     if _functorch_active():
         result = op.function.apply(params, *tensors)
     else:
@@ -252,8 +260,6 @@ def apply(op: Op, params: Any, tensors: Tensors) -> Any:
             )
         else:
             result = op.forward(params, *tensors)
-    if type(result) is tuple and len(result) > op.outputs:
-        return result[0] if op.outputs == 1 else result[: op.outputs]
     return result
 
 
@@ -495,9 +501,10 @@ def pushforward(op: Op, params: Any, tensors: Tensors, outputs: Tensors, tangent
 
 
 def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
-    """Batch an op that has no rule of its own through its definition."""
-    if op.reference is None:
-        raise NotImplementedError(f"tritongrad: op {op.name!r} has no vmap rule")
+    """Batch an op that has no rule of its own: a backward op through its definition, another one
+    sample by sample, because only its kernels make what its backward needs."""
+    if op.rule is not None or op.reference is None:
+        return _vmap_by_samples(op, info, params, tensors, dims)
     present = [i for i, t in enumerate(tensors) if t is not None]
 
     def body(*values: Tensor) -> Any:
@@ -511,6 +518,19 @@ def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple
     values: list[Any] = [tensors[i] for i in present]
     found = batched(*values)
     return found, (0,) * len(found)
+
+
+def _vmap_by_samples(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
+    results = []
+    for i in range(info.batch_size):
+        sample = tuple(
+            t if t is None or d is None else t.select(d, i)
+            for t, d in zip(tensors, dims, strict=True)
+        )
+        found = _run(op, params, sample)
+        results.append(found if type(found) is tuple else (found,))
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
 
 
 class rules(TorchFunctionMode):
