@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from tritongrad import runtime
-from tritongrad.kernels import pointwise
+from tritongrad.kernels import arithmetic
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def plant() -> Iterator[None]:
     def run_faulty(
         kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]
     ) -> None:
-        if meta.get("F") is pointwise.mul_bwd:
+        if meta.get("F") is arithmetic.mul_bwd:
             meta = meta | {"F": mul_bwd}
         run(kernel, grid, args, meta)
 

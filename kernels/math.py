@@ -76,3 +76,9 @@ else:
 @triton.jit
 def is_nan(x):
     return x != x
+
+
+@triton.jit
+def sign(x):
+    # NaN compares false with everything: its sign is 0, as torch's is.
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import math as m
-from .pointwise import numbers, sign_of
+from .pointwise import numbers
 
 # A tile's accumulators: 32 floats a thread, so several 16-byte loads in flight in each, and in
 # float64 half as many elements, or the power of a p-norm spills.
@@ -231,7 +231,7 @@ def extremum_bwd(g, x, out, count):
 
 @triton.jit
 def norm_1_bwd(g, x):
-    return (g * sign_of(x),)
+    return (g * m.sign(x),)
 
 
 @triton.jit
@@ -242,7 +242,7 @@ def norm_2_bwd(g, x, out):
 @triton.jit
 def norm_inf_bwd(g, x, out, count):
     share = m.div(g, tl.where(m.is_nan(out), 1, count))
-    return (sign_of(x) * (share * absolute_hit(x, out)),)
+    return (m.sign(x) * (share * absolute_hit(x, out)),)
 
 
 @triton.jit
@@ -257,4 +257,4 @@ def norm_scale(g, out, p):
 @triton.jit
 def norm_p_bwd(scale, x, p):
     slope = m.pow(tl.abs(x), tl.broadcast_to(p - 1, x.shape))
-    return (sign_of(x) * tl.where(x == 0, 0, slope) * scale,)
+    return (m.sign(x) * tl.where(x == 0, 0, slope) * scale,)

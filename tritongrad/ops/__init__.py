@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from . import activation as activation
+from . import arithmetic as arithmetic
+from . import elementary as elementary
 from . import linear as linear
 from . import matmul as matmul
-from . import pointwise as pointwise
 from . import reduction as reduction
+from . import selection as selection
 from . import vector_norm as vector_norm
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..dtypes import FLOATING
 from ..function import apply, launchable, settle
-from ..kernels import pointwise
+from ..kernels import arithmetic
 from ..launchers import reduction
 from ..launchers.matmul import matrix_product
 from ..launchers.pointwise import elementwise
@@ -85,7 +85,7 @@ class Arithmetic(NamedTuple):
 
 def _launch_contraction(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
     if not dims:
-        (out,) = elementwise(pointwise.mul, 0, (x, y), (), (), x.dtype, (x.dtype,))
+        (out,) = elementwise(arithmetic.mul, 0, (x, y), (), (), x.dtype, (x.dtype,))
         assert out is not None
         return out
     rank = max(x.dim(), y.dim())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, encode
 from ..function import apply, settle, vjp
+from ..kernels import arithmetic
 from ..kernels import pointwise as k
 from ..launchers.pointwise import NARROW, elementwise
 from ..launchers.reduction import sum_to
@@ -43,7 +45,8 @@ def _names(function: Any) -> tuple[str, ...]:
     return tuple(function.arg_names)
 
 
-def pointwise(
+def row(
+    functions: ModuleType,
     name: str,
     *targets: Callable[..., Any],
     bind: Bind,
@@ -62,6 +65,8 @@ def pointwise(
     """Make and register the op of one row.
 
     Args:
+        functions: the kernel file with its device functions, ``name`` and ``name_bwd``; without the
+            latter the rules are evaluated instead.
         targets: torch callables with ``bind``'s signature.
         rules: input -> its gradient, a function of ``g`` and any of the inputs, ``out``, consts.
         inputs: names of the inputs; ``c`` is a condition, which has no gradient.
@@ -69,8 +74,8 @@ def pointwise(
         boolean: a comparison: bool result, no derivative.
         low, high: range of sample values where the op is smooth.
     """
-    forward_function = getattr(k, name)
-    backward_function = getattr(k, f"{name}_bwd", None)
+    forward_function = getattr(functions, name)
+    backward_function = getattr(functions, f"{name}_bwd", None)
     raw = sum(1 << i for i, n in enumerate(inputs) if n == "c")
     arity = len(inputs)
     slots = {"out": arity} | {n: i for i, n in enumerate(inputs)}
@@ -118,7 +123,7 @@ def pointwise(
                     return result
         function, scalars = forward_function, params.scalars
         if name == "pow" and scalars and scalars[1] == 2:
-            function = k.square
+            function = arithmetic.square
         dtype = torch.bool if boolean else params.result
         (out,) = elementwise(
             function, raw, tensors, scalars, params.consts, params.result, (dtype,)
@@ -230,7 +235,7 @@ def _backward_op(
         scalars = tuple([numbers[i] for i in order])
         device_function = function
         if name == "pow" and params.scalars and params.scalars[1] == 2:
-            device_function, operands, scalars = k.square_bwd, operands[:2], scalars[:2]
+            device_function, operands, scalars = arithmetic.square_bwd, operands[:2], scalars[:2]
         outs = elementwise(
             device_function, raw, operands, scalars, params.consts, params.result, tuple(dtypes)
         )
@@ -334,5 +339,15 @@ def standard_samples(arity: int, low: float, high: float) -> Callable[[Make], It
         yield Sample((some(6, 7).t(), some(7, 6)), {}, "transposed")
         yield Sample((some(3, 4), some()), {}, "0-dim operand")
         yield Sample((some(2, 0), some(2, 1)), {}, "empty")
+
+    return samples
+
+
+def number_samples(low: float, high: float) -> Callable[[Make], Iterator[Sample]]:
+    """Binary calls, one of them with a number for its second operand."""
+
+    def samples(make: Make) -> Iterator[Sample]:
+        yield from standard_samples(2, low, high)(make)
+        yield Sample((make(3, 5, low=low, high=high), 1.5), {}, "number")
 
     return samples

@@ -1,0 +1,135 @@
+"""Pointwise arithmetic: one row an op.
+
+A row names the device function (``NAME`` and ``NAME_bwd`` in the kernel file of this module's name)
+and, for each input that has one, the derivative as a line of torch mathematics. In both, ``x, y``
+are the inputs (``c`` a condition), ``out`` the result, ``g`` its gradient, further names the op's
+parameters; the names decide what is saved for backward. The rules are torch's (derivatives.yaml),
+so that values at kinks and ties are too; broadcasting and promotion are undone in rows.py, once for
+all. The other tables: selection.py, elementary.py, activation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import arithmetic as k
+from ..sampling import Make, Sample
+from .operands import (
+    bind_div,
+    bind_pow,
+    bind_radd,
+    bind_rdiv,
+    bind_rmul,
+    bind_rsub,
+    bind_scaled_left,
+    bind_sub,
+    bind_two,
+    reflected,
+    unary_bind,
+)
+from .rows import number_samples, row, standard_samples
+
+T = Tensor
+pointwise = partial(row, k)
+
+
+def scaled(g: Any, alpha: Any) -> Any:
+    """``alpha * g``, without a kernel for the usual factor 1."""
+    return g if isinstance(alpha, (int, float)) and alpha == 1 else g * alpha
+
+
+def _add_samples(make: Make) -> Iterator[Sample]:
+    yield from standard_samples(2, -2.0, 2.0)(make)
+    yield Sample((make(3, 5), make(5)), {"alpha": 2.5}, "alpha")
+    yield Sample((make(3, 5), 2), {}, "number")
+
+
+def _pow_samples(make: Make) -> Iterator[Sample]:
+    yield from number_samples(0.2, 2.0)(make)
+    yield Sample((make(3, 5), 2), {}, "square")
+    yield Sample((make(3, 5), 3), {}, "cube")
+    yield Sample((1.5, make(3, 5)), {}, "number to a tensor's power")
+
+
+def power_slope(g: Tensor, x: Any, y: Any) -> Tensor:
+    """d/dx of x ** y, which is 0 for y = 0 whatever x is."""
+    if isinstance(y, (int, float)):
+        return torch.zeros_like(g) if y == 0 else g * (y * x ** (y - 1))
+    return torch.where(y == 0, 0.0, g * (y * x ** (y - 1)))
+
+
+def exponent_slope(g: Tensor, x: Any, y: Tensor, out: Tensor) -> Tensor:
+    """d/dy of x ** y, which is 0 for x = 0 and y >= 0, where log(x) is not."""
+    if isinstance(x, (int, float)):
+        # log through torch, not math: a negative base has slope NaN, not an error.
+        slope = g * (out * torch.log(torch.full((), x, dtype=out.dtype, device=out.device)))
+        return torch.where(y >= 0, 0.0, slope) if x == 0 else slope
+    slope = g * (out * torch.log(x))
+    return torch.where(x == 0, torch.where(y >= 0, 0.0, slope), slope)
+
+
+pointwise(
+    "add", torch.add, T.add, T.__add__,
+    bind=bind_scaled_left,
+    variants={T.__radd__: bind_radd},
+    inputs=("x", "y"),
+    consts=("alpha",),
+    rules={"x": lambda g: g, "y": lambda g, alpha: scaled(g, alpha)},
+    samples=_add_samples,
+    opinfo=("add", "__radd__"),
+)  # fmt: skip
+pointwise(
+    "sub", torch.sub, torch.subtract, T.sub, T.subtract, T.__sub__,
+    bind=bind_sub,
+    variants={T.__rsub__: bind_rsub, torch.rsub: bind_rsub},
+    inputs=("x", "y"),
+    consts=("alpha",),
+    rules={"x": lambda g: g, "y": lambda g, alpha: g * -alpha},
+    samples=_add_samples,
+    opinfo=("sub", "rsub", "__rsub__"),
+)  # fmt: skip
+pointwise(
+    "mul", torch.mul, torch.multiply, T.mul, T.multiply, T.__mul__,
+    bind=bind_two,
+    inputs=("x", "y"),
+    variants={T.__rmul__: bind_rmul},
+    rules={"x": lambda g, y: g * y, "y": lambda g, x: g * x},
+    samples=number_samples(-2.0, 2.0),
+    opinfo=("mul", "__rmul__"),
+)  # fmt: skip
+pointwise(
+    "div", torch.div, torch.divide, torch.true_divide, T.div, T.divide, T.true_divide,
+    T.__div__, T.__truediv__,
+    bind=bind_div,
+    variants={T.__rdiv__: bind_rdiv, T.__rtruediv__: bind_rdiv},
+    inputs=("x", "y"),
+    rules={"x": lambda g, y: g / y, "y": lambda g, x, y: -g * ((x / y) / y)},
+    samples=number_samples(0.5, 2.0),
+    opinfo=("div.no_rounding_mode", "true_divide", "__rdiv__"),
+)  # fmt: skip
+pointwise(
+    "pow", torch.pow, T.pow, T.__pow__,
+    bind=bind_pow,
+    variants={T.__rpow__: reflected(bind_pow)},
+    inputs=("x", "y"),
+    rules={
+        "x": lambda g, x, y: power_slope(g, x, y),
+        "y": lambda g, x, y, out: exponent_slope(g, x, y, out),
+    },
+    samples=_pow_samples,
+    opinfo=("pow", "__rpow__"),
+    autocast={"cuda": "float32"},
+)  # fmt: skip
+pointwise(
+    "neg", torch.neg, torch.negative, T.neg, T.negative, T.__neg__,
+    bind=unary_bind(False), rules={"x": lambda g: -g},
+)  # fmt: skip
+pointwise(
+    "abs", torch.abs, torch.absolute, T.abs, T.absolute, T.__abs__,
+    bind=unary_bind(False), rules={"x": lambda g, x: g * torch.sign(x)},
+)  # fmt: skip
