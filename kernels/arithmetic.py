@@ -51,8 +51,26 @@ def pow(x, y):
 def pow_bwd(g, x, y, out):
     dx = tl.where(y == 0, 0, g * (y * m.pow(x, y - 1)))
     # 0 ** y is constant in y for y >= 0; elsewhere log(0) says what torch says.
-    dy = tl.where((x == 0) & (y >= 0), 0, g * (out * m.log(x)))
+    dy = g * tl.where((x == 0) & (y >= 0), 0, out * m.log(x))
     return dx, dy
+
+
+@triton.jit
+def power_or_root(x, y):
+    # For the numbers 0.5 and -0.5 torch takes roots, which are not powers at -0 and -inf.
+    root = m.sqrt(x)
+    inverse = m.div(tl.full(x.shape, 1, x.dtype), root)
+    return tl.where(y == 0.5, root, tl.where(y == -0.5, inverse, m.pow(x, y)))
+
+
+@triton.jit
+def pow_number(x, y):
+    return (power_or_root(x, y),)
+
+
+@triton.jit
+def pow_number_bwd(g, x, y):
+    return (tl.where(y == 0, 0, g * (y * power_or_root(x, y - 1))),)
 
 
 @triton.jit
@@ -62,7 +80,7 @@ def square(x, y):
 
 @triton.jit
 def square_bwd(g, x):
-    return g * (2 * x), 0 * x
+    return (g * (2 * x),)
 
 
 @triton.jit

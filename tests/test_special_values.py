@@ -6,19 +6,26 @@ where torch has NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import inf, nan
 
 import pytest
 import torch
 from scenarios import small
-from support import DEVICE, DIFFERENTIABLE, Call, Derivatives, assert_same, derivatives
+from support import (
+    DEVICE,
+    DIFFERENTIABLE,
+    Call,
+    Derivatives,
+    assert_same,
+    derivatives,
+    random_like,
+)
 from torch import Tensor
+from torch.autograd import forward_ad as fwAD
 
 from tritongrad.op import OPS
-from tritongrad.sampling import Sample
-
-F = torch.nn.functional
+from tritongrad.sampling import Sample, tensors
 
 TINY, LEAST, HUGE = 2.2250738585072014e-308, 5e-324, 1.7e308
 """The smallest normal and subnormal numbers, and one near the largest."""
@@ -30,10 +37,18 @@ POINTWISE = [n for n in DIFFERENTIABLE if "pointwise_dense" in OPS[n].kernels]
 
 
 def assert_agrees(
-    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: Sequence[Tensor], what: str
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    what: str,
+    *,
+    second: bool = True,
 ) -> None:
     """Value and derivatives of ``ours`` are those of ``theirs``, special values included."""
-    mine, torchs = (present(derivatives(f, inputs, torch.float64), inputs) for f in (ours, theirs))
+    mine, torchs = (
+        present(derivatives(f, inputs, torch.float64, second=second), inputs)
+        for f in (ours, theirs)
+    )
     for order, actual, expected in zip(Derivatives._fields, mine, torchs, strict=True):
         assert_same(actual, expected, f"{what}, {order}")
 
@@ -55,34 +70,103 @@ def with_inputs(call: Call, values: Sequence[Tensor]) -> Call:
 # --------------------------------------------------------------------------------------- pointwise
 
 
-# Differences from torch that are known, each at an infinity or a pole.
-KNOWN = {
-    "div": "forward mode at y = 0: torch divides the sum of both parts, we add two quotients",
-    "pow": "second derivative at infinite operands: a number where torch has NaN",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason=KNOWN[n], strict=True)) if n in KNOWN else n
-        for n in POINTWISE
-    ],
-)
-def test_pointwise(name: str) -> None:
-    """Every pair of special points, or every point with the sample's own numbers."""
+def distinct(name: str) -> list[Call]:
+    """The op's small samples that differ in more than their tensors' sizes and strides: at special
+    values those do not matter."""
+    found: dict[str, Call] = {}
     for call in small(name, most=100):
-        if len({t.shape for t in call.inputs}) > 1 or not call.inputs[0].numel():
-            continue
-        # At NaN torch's own two directions disagree for these: reverse mode gives the gradient to
-        # both operands, forward mode takes the tangent of one. Ours follow its reverse mode.
-        special = [p for p in POINTS if name not in ("maximum", "minimum") or p == p]
-        points = torch.tensor(special, dtype=torch.float64, device=DEVICE)
+        if all(t.numel() for t in call.inputs):
+            found.setdefault(options(call.sample), call)
+    return list(found.values())
+
+
+def options(sample: Sample) -> str:
+    """The arguments of a call, the tensors and the dimensions left out."""
+    named = {n: v for n, v in sample.kwargs.items() if n != "dim"}
+    return repr([None if isinstance(v, Tensor) else v for v in (*sample.args, *named.items())])
+
+
+def special_calls(name: str) -> Iterator[Call]:
+    """Calls on every pair of special points, or on every point with the sample's own numbers."""
+    for call in distinct(name):
+        # A factor beside the operands: whether it times HUGE overflows before it is added to an
+        # infinity depends on whether the machine fuses the two, which torch leaves open.
+        chosen = POINTS[:-2] if call.sample.kwargs else POINTS
+        points = torch.tensor(chosen, dtype=torch.float64, device=DEVICE)
         grid = torch.cartesian_prod(*[points] * len(call.inputs))
         columns = grid.reshape(len(grid), -1).unbind(1)
+        if len(tensors(call.sample)) == len(call.inputs):
+            yield with_inputs(call, [c.clone() for c in columns])
+            continue
         # A condition keeps its own shape, so the points fill the sample's shape again and again.
         shape = call.inputs[0].shape
         for chunk in zip(*[c.split(shape.numel()) for c in columns], strict=True):
             if chunk[0].numel() == shape.numel():
-                changed = with_inputs(call, [c.reshape(shape).clone() for c in chunk])
-                assert_agrees(changed.triton, changed.torch, changed.inputs, str(call))
+                yield with_inputs(call, [c.reshape(shape).clone() for c in chunk])
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise(name: str) -> None:
+    for call in special_calls(name):
+        assert_agrees(call.triton, call.torch, call.inputs, str(call))
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_tangent_of_one_operand(name: str) -> None:
+    """Forward mode where only one of the operands has a tangent."""
+    for call in special_calls(name):
+        for i in range(len(call.inputs) if len(call.inputs) > 1 else 0):
+            mine, torchs = (tangent(f, call.inputs, i) for f in (call.triton, call.torch))
+            assert_same(mine, torchs, f"{call}, tangent of operand {i}")
+
+
+def tangent(function: Callable[..., Tensor], inputs: Sequence[Tensor], moving: int) -> Tensor:
+    """Forward-mode derivative of ``function`` by the input at position ``moving``."""
+    values = [x.detach() for x in inputs]
+    with fwAD.dual_level():
+        values[moving] = fwAD.make_dual(values[moving], random_like(inputs)[moving])
+        return fwAD.unpack_dual(function(*values)).tangent
+
+
+# -------------------------------------------------------------------- reductions and contractions
+
+STRUCTURED = [n for n in DIFFERENTIABLE if n not in POINTWISE]
+
+# Large enough to overflow when squared or multiplied. Sums of larger ones overflow or do not
+# according to the order of summation.
+LARGE = 1e200
+
+PATTERNS: dict[str, tuple[float, ...]] = {
+    "all zero": (0.0,),
+    "both zeros": (0.0, -0.0),
+    "all equal": (1.5,),
+    "ties": (2.0, 1.0, -2.0),
+    "one nan": (1.0, -2.0, 0.5, nan, 0.0, 3.0, 1.5),
+    "all nan": (nan,),
+    "one infinite": (1.0, 0.5, -2.0, inf, 3.0, 0.25, 1.5),
+    "infinite and zero": (0.0, inf, 1.0, -0.0, -2.0),
+    "both infinite": (1.0, inf, 0.5, -2.0, 3.0, -inf, 0.25),
+    "all -infinite": (-inf,),
+    "nan and infinite": (inf, 1.0, 2.0, nan, 0.5, 3.0, -inf),
+    "zeros among others": (0.0, 1.0, 0.0, -2.0, 3.0),
+    "subnormal": (TINY / 4, -TINY / 8, TINY / 2),
+    "large": (LARGE, 1.0, LARGE / 2),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_structured(name: str, pattern: str) -> None:
+    """Rows of ties, zeros, NaN and infinities."""
+    numbers = torch.tensor(PATTERNS[pattern], dtype=torch.float64, device=DEVICE)
+    for call in distinct(name):
+        inputs = [
+            numbers[torch.arange(t.numel(), device=DEVICE) % len(numbers)].view(t.shape)
+            for t in call.inputs
+        ]
+        changed = with_inputs(call, inputs)
+        # The terms of the second derivative of a norm of order 1/2 overflow at subnormal numbers,
+        # and which of them meet as infinities of either sign is the order of multiplication.
+        second = not (pattern == "subnormal" and "0.5" in options(call.sample))
+        what = f"{call}, {pattern}"
+        assert_agrees(changed.triton, changed.torch, changed.inputs, what, second=second)

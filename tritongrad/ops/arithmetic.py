@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import Number
 from ..kernels import arithmetic as k
 from ..sampling import Make, Sample
 from .operands import (
@@ -53,6 +54,8 @@ def _pow_samples(make: Make) -> Iterator[Sample]:
     yield from number_samples(0.2, 2.0)(make)
     yield Sample((make(3, 5), 2), {}, "square")
     yield Sample((make(3, 5), 3), {}, "cube")
+    yield Sample((make(3, 5, low=0.2), 0.5), {}, "root")
+    yield Sample((make(3, 5, low=0.2), -0.5), {}, "inverse root")
     yield Sample((1.5, make(3, 5)), {}, "number to a tensor's power")
 
 
@@ -67,10 +70,23 @@ def exponent_slope(g: Tensor, x: Any, y: Tensor, out: Tensor) -> Tensor:
     """d/dy of x ** y, which is 0 for x = 0 and y >= 0, where log(x) is not."""
     if isinstance(x, (int, float)):
         # log through torch, not math: a negative base has slope NaN, not an error.
-        slope = g * (out * torch.log(torch.full((), x, dtype=out.dtype, device=out.device)))
-        return torch.where(y >= 0, 0.0, slope) if x == 0 else slope
-    slope = g * (out * torch.log(x))
-    return torch.where(x == 0, torch.where(y >= 0, 0.0, slope), slope)
+        slope = out * torch.log(torch.full((), x, dtype=out.dtype, device=out.device))
+        return g * (torch.where(y >= 0, 0.0, slope) if x == 0 else slope)
+    slope = out * torch.log(x)
+    return g * torch.where(x == 0, torch.where(y >= 0, 0.0, slope), slope)
+
+
+def _raised_to(exponent: Number) -> tuple[Any, Any]:
+    return (k.square, k.square_bwd) if exponent == 2 else (k.pow_number, k.pow_number_bwd)
+
+
+def quotient_tangent(dx: Tensor | None, dy: Tensor | None, y: Any, out: Tensor) -> Tensor:
+    """Divided once, after the difference: at y = 0 two quotients would be infinities of either
+    sign."""
+    if dy is None:
+        assert dx is not None
+        return dx / y
+    return (-dy * out if dx is None else dx - dy * out) / y
 
 
 pointwise(
@@ -109,6 +125,7 @@ pointwise(
     variants={T.__rdiv__: bind_rdiv, T.__rtruediv__: bind_rdiv},
     inputs=("x", "y"),
     rules={"x": lambda g, y: g / y, "y": lambda g, x, y: -g * ((x / y) / y)},
+    jvp=quotient_tangent,
     samples=number_samples(0.5, 2.0),
     opinfo=("div.no_rounding_mode", "true_divide", "__rdiv__"),
 )  # fmt: skip
@@ -121,6 +138,7 @@ pointwise(
         "x": lambda g, x, y: power_slope(g, x, y),
         "y": lambda g, x, y, out: exponent_slope(g, x, y, out),
     },
+    for_number=_raised_to,
     samples=_pow_samples,
     opinfo=("pow", "__rpow__"),
     autocast={"cuda": "float32"},

@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, encode
+from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, Number, encode
 from ..function import apply, settle, vjp
-from ..kernels import arithmetic
 from ..kernels import pointwise as k
 from ..launchers.pointwise import NARROW, elementwise
 from ..launchers.reduction import sum_to
@@ -41,10 +41,6 @@ def reduce_to(value: Tensor, spec: Spec) -> Tensor:
     return value if value.dtype is spec.dtype else value.to(spec.dtype)
 
 
-def _names(function: Any) -> tuple[str, ...]:
-    return tuple(function.arg_names)
-
-
 def row(
     functions: ModuleType,
     name: str,
@@ -53,6 +49,8 @@ def row(
     rules: Mapping[str, Callable[..., Tensor]],
     inputs: tuple[str, ...] = ("x",),
     consts: tuple[str, ...] = (),
+    jvp: Callable[..., Tensor] | None = None,
+    for_number: Callable[[Number], tuple[Any, Any]] | None = None,
     variants: Mapping[Callable[..., Any], Bind] | None = None,
     boolean: bool = False,
     low: float = -2.0,
@@ -70,6 +68,11 @@ def row(
         targets: torch callables with ``bind``'s signature.
         rules: input -> its gradient, a function of ``g`` and any of the inputs, ``out``, consts.
         inputs: names of the inputs; ``c`` is a condition, which has no gradient.
+        jvp: the tangent of the result, for an op where torch does not just add what the rules make
+            of each input's: a function of ``dx``, ``dy`` (None for an input without one), and of
+            any of the inputs, ``out``, consts.
+        for_number: number in the last input's place -> the device functions to run with it instead,
+            forward and backward.
         variants: torch callables with signatures of their own.
         boolean: a comparison: bool result, no derivative.
         low, high: range of sample values where the op is smooth.
@@ -122,8 +125,8 @@ def row(
                     )
                     return result
         function, scalars = forward_function, params.scalars
-        if name == "pow" and scalars and scalars[1] == 2:
-            function = arithmetic.square
+        if for_number is not None and scalars and scalars[-1] is not None:
+            function, _ = for_number(scalars[-1])
         dtype = torch.bool if boolean else params.result
         (out,) = elementwise(
             function, raw, tensors, scalars, params.consts, params.result, (dtype,)
@@ -141,35 +144,50 @@ def row(
             kept[needs] = tuple(sorted(slots[n] for n in wanted if n in slots))
             return kept[needs]
 
-    def rule(params: Params, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors) -> Tensors:
-        values: dict[str, Any] = {"g": grads[0], "out": saved[arity]}
+    def named(params: Params, saved: Tensors) -> dict[str, Any]:
+        values: dict[str, Any] = {"out": saved[arity]}
         for i, n in enumerate(inputs):
             number = params.scalars[i] if params.scalars else None
             values[n] = saved[i] if number is None else number
-        values |= dict(zip(consts, params.consts, strict=True))
+        return values | dict(zip(consts, params.consts, strict=True))
+
+    def rule(params: Params, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors) -> Tensors:
+        values = named(params, saved) | {"g": grads[0]}
         return tuple(
             reduce_to(rules[n](**{w: values[w] for w in wants[n]}), specs[i]) if need else None
             for i, (n, need) in enumerate(zip(inputs, needs, strict=True))
         )
 
-    def jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
+    def sum_of_parts(
+        params: Params, tensors: Tensors, out: Tensor, tangents: Tensors, dtype: torch.dtype
+    ) -> Tensor:
         # The Jacobian is diagonal, so each input's rule is its own transpose.
-        (out,) = outputs
-        assert out is not None
         total: Tensor | None = None
-        # Parts that cancel must not have been rounded to half precision before.
-        several = sum(t is not None for t in tangents) > 1
-        like = Spec(out.shape, COMPUTE_DTYPE[out.dtype] if several else out.dtype)
         for i, tangent in enumerate(tangents):
             if tangent is None:
                 continue
-            tangent = settle(tangent).to(out.dtype).expand(out.shape)
             needs = tuple(j == i for j in range(arity))
-            specs = tuple(like if need else None for need in needs)
+            specs = tuple(Spec(out.shape, dtype) if need else None for need in needs)
             part = vjp(op, params, needs, specs, (tangent,), (*tensors, out), own_level=1)[i]
             assert part is not None
             total = part if total is None else total + part
         assert total is not None
+        return total
+
+    def tangent_of(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
+        (out,) = outputs
+        assert out is not None
+        # Parts that cancel must not have been rounded to half precision before.
+        several = sum(t is not None for t in tangents) > 1
+        dtype = COMPUTE_DTYPE[out.dtype] if several else out.dtype
+        spread = [t if t is None else settle(t).to(out.dtype).expand(out.shape) for t in tangents]
+        if jvp is None:
+            total = sum_of_parts(params, tensors, out, tuple(spread), dtype)
+        else:
+            values = named(params, (*tensors, out))
+            for n, t in zip(inputs, spread, strict=True):
+                values[f"d{n}"] = t if t is None else t.to(dtype)
+            total = jvp(**{n: values[n] for n in inspect.signature(jvp).parameters})
         return total if total.dtype is out.dtype else total.to(out.dtype)
 
     def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
@@ -188,10 +206,10 @@ def row(
         saves=saves,
         uniform=operator.attrgetter("uniform"),
         rule=rule if rules else None,
-        backward=_backward_op(name, backward_function, inputs, consts, rule, wants)
+        backward=_backward_op(name, backward_function, inputs, for_number, rule, wants)
         if backward_function is not None
         else None,
-        jvp=jvp if rules else None,
+        jvp=tangent_of if rules else None,
         vmap=vmap,
         autocast=autocast or {},
         opinfo=opinfo if opinfo is not None else (name,),
@@ -210,20 +228,29 @@ def _backward_op(
     name: str,
     function: Any,
     inputs: tuple[str, ...],
-    consts: tuple[str, ...],
+    for_number: Callable[[Number], tuple[Any, Any]] | None,
     rule: Any,
     wants: Mapping[str, tuple[str, ...]],
 ) -> Op:
     """The op that computes all of a row's gradients in one kernel, from ``(g, *inputs, out)``."""
-    names = _names(function)
     slots = {"g": 0, "out": len(inputs) + 1} | {n: i + 1 for i, n in enumerate(inputs)}
-    order = tuple(slots[n] for n in names if n in slots)
-    raw = sum(1 << i for i, n in enumerate(names) if n == "c")
+
+    @cache
+    def arguments(function: Any) -> tuple[tuple[int, ...], int]:
+        """Which tensors a device function takes, and which of those are conditions."""
+        names = function.arg_names
+        raw = sum(1 << i for i, n in enumerate(names) if n == "c")
+        return tuple(slots[n] for n in names if n in slots), raw
+
     # Where each input's gradient stands in what the device function returns.
     column = {n: i for i, n in enumerate(wants)}
 
     def forward(bp: BackwardParams, *tensors: Tensor | None) -> Any:
         params, needs, specs = bp
+        device_function = function
+        if for_number is not None and params.scalars and params.scalars[-1] is not None:
+            _, device_function = for_number(params.scalars[-1])
+        order, raw = arguments(device_function)
         operands = tuple([tensors[i] for i in order])
         full = broadcast_shape([t for t in tensors if t is not None])
         compute = COMPUTE_DTYPE[params.result]
@@ -233,9 +260,6 @@ def _backward_op(
                 dtypes[column[n]] = spec.dtype if spec.shape == full else compute
         numbers = (None, *(params.scalars or (None,) * len(inputs)), None)
         scalars = tuple([numbers[i] for i in order])
-        device_function = function
-        if name == "pow" and params.scalars and params.scalars[1] == 2:
-            device_function, operands, scalars = arithmetic.square_bwd, operands[:2], scalars[:2]
         outs = elementwise(
             device_function, raw, operands, scalars, params.consts, params.result, tuple(dtypes)
         )

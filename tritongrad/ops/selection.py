@@ -28,6 +28,17 @@ def _where_samples(make: Make) -> Iterator[Sample]:
     yield Sample((c(0, 4), make(0, 4), make(4)), {}, "empty")
 
 
+def chosen_tangent(dx: Tensor | None, dy: Tensor | None, tie: Tensor, first: Tensor) -> Tensor:
+    """The tangent of x where it is chosen, of y where not or where either is NaN, and between the
+    two where they tie."""
+    given = dx if dy is None else dy
+    assert given is not None
+    share = torch.where(tie, 0.5, first.to(given.dtype))
+    if dy is None:
+        return share * given
+    return dy + share * (-dy if dx is None else dx - dy)
+
+
 pointwise(
     "sign", torch.sign, torch.sgn, T.sign, T.sgn,
     bind=unary_bind(False), rules={"x": lambda g: torch.zeros_like(g)}, opinfo=("sign", "sgn"),
@@ -40,6 +51,7 @@ pointwise(
         "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x < y, 0.0, g)),
         "y": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x > y, 0.0, g)),
     },
+    jvp=lambda dx, dy, x, y: chosen_tangent(dx, dy, x == y, x > y),
 )  # fmt: skip
 pointwise(
     "minimum", torch.minimum, T.minimum,
@@ -49,6 +61,7 @@ pointwise(
         "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x > y, 0.0, g)),
         "y": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x < y, 0.0, g)),
     },
+    jvp=lambda dx, dy, x, y: chosen_tangent(dx, dy, x == y, x < y),
 )  # fmt: skip
 pointwise(
     "where", torch.where,

@@ -153,12 +153,16 @@ def _slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
         count = torch.where(out != out, 1.0, count)
         return torch.sign(x) * ((g / count) * hits)
     if p < 1:
-        slope = torch.sign(x) * torch.where(x == 0, 0.0, torch.abs(x) ** (p - 1))
-        return slope * g * out ** (1 - p)
+        return _steepness(x, p) * g * out ** (1 - p)
     scale = torch.where(out == 0, 0.0, g / out ** (p - 1))
     if p < 2:
         return torch.sign(x) * torch.abs(x) ** (p - 1) * scale
     return x * torch.abs(x) ** (p - 2) * scale
+
+
+def _steepness(x: Tensor, p: float) -> Tensor:
+    """What an element adds to the slope of a norm of order below 1, up to a factor of its row."""
+    return torch.sign(x) * torch.where(x == 0, 0.0, torch.abs(x) ** (p - 1))
 
 
 def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
@@ -185,8 +189,15 @@ def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> 
 def _jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
     if params.order == 0:
         return torch.zeros_like(out)
-    # The gradient for g = 1 is the row of the Jacobian that the tangent meets.
     compute = COMPUTE_DTYPE[params.result]
+    p = params.order
+    if p < 1 and not math.isinf(p):
+        # The factor of the row after the sum, as torch has it: where it is infinite, infinities of
+        # either sign would make NaN.
+        terms = _steepness(x.to(compute), p) * tangent
+        total = total_of(terms, params, params.keepdim, compute)
+        return (total * out.to(compute) ** (1 - p)).to(params.result)
+    # The gradient for g = 1 is the row of the Jacobian that the tangent meets.
     specs = (Spec(x.shape, compute),)
     (row,) = vjp(op, params, (True,), specs, (torch.ones_like(out),), (x, out), own_level=1)
     assert row is not None
