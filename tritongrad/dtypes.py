@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -28,6 +29,11 @@ COMPUTE_DTYPE = {
 """Result dtype -> the dtype it is computed and accumulated in (torch's opmath type)."""
 
 Number = int | float
+
+
+def is_number(value: Any) -> bool:
+    """Whether torch takes ``value`` for a real number: an int has 64 bits."""
+    return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**64)
 
 
 def encode(value: Number, compute: torch.dtype) -> Number:

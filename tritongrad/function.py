@@ -130,11 +130,7 @@ def dispatch(
     except Unsupported as reason:
         return fall_back(op, bind, func, args, kwargs, str(reason), session)
     except TypeError:
-        try:
-            inspect.signature(bind).bind(*args, **kwargs)
-        except TypeError:
-            return fall_back(op, bind, func, args, kwargs, "arguments of another overload", session)
-        raise
+        return fall_back(op, bind, func, args, kwargs, "arguments of another overload", session)
     if session is not None:
         session._count_run(op.name)
     return apply(op, params, tensors)
@@ -154,12 +150,25 @@ def fall_back(
     if session is not None:
         session._count_fall_back(torch_name(func), reason)
     try:
+        refuse_mixed(args, kwargs)
         return func(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except REFUSALS as error:
         if type(error).__module__ != "builtins":
             raise  # torch.OutOfMemoryError and its like are not about the arguments
         message = f"{op.name}({describe(bind, args, kwargs)}): {error}"
         raise type(error)(message) from error
+
+
+# What torch raises for arguments that it does not take.
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
+
+
+def refuse_mixed(args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise RuntimeError for a meta tensor beside one with memory. torch's own products on the CPU
+    would read memory for it that is not there, and return numbers."""
+    sized = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    if len({t.device.type == "meta" for t in sized}) > 1:
+        raise RuntimeError("expected all tensors to be on the same device, one is on meta")
 
 
 def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATING, INTEGRAL, Number
+from ..dtypes import FLOATING, INTEGRAL, Number, is_number
 from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit
 from ..layout import broadcasts
 from ..op import Bind, Tensors, Unsupported
@@ -68,7 +68,7 @@ def _operands(
             scalars.append(None)
             if value.dim() > 0 or device is None:
                 device = value.device
-        elif isinstance(value, (bool, int, float)):
+        elif is_number(value):
             operands.append(None)
             scalars.append(value)
         else:
@@ -132,7 +132,7 @@ def _binary(input: Any, other: Any, to_float: bool = False) -> tuple[Tensors, Pa
                         and input.device == other.device
                     ):
                         return (input, other), _UNIFORM[dtype]
-            elif type(other) in (float, int):
+            elif type(other) in (float, int) and is_number(other):
                 admit(input)
                 return (input, None), Params((None, other), (), dtype)
     tensors, scalars, result = _operands(("input", "other"), (input, other), to_float)
@@ -143,6 +143,13 @@ def bind_two(input: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
     if not isinstance(input, Tensor):
         raise Unsupported(f"input is a {type(input).__name__}")
     return _binary(input, other)
+
+
+def bind_tensors(input: Tensor, other: Tensor) -> tuple[Tensors, Params]:
+    """As ``bind_two``, of an op that takes no number for its second operand."""
+    if not isinstance(other, Tensor):
+        raise Unsupported(f"other is a {type(other).__name__}")
+    return bind_two(input, other)
 
 
 def reflected(bind: Bind) -> Bind:
@@ -160,7 +167,7 @@ def bind_scaled(
     tensors, params = _binary(input, other)
     if alpha == 1 and params.uniform and type(alpha) in (int, float):
         return tensors, _UNIFORM_SUM[params.result]
-    if type(alpha) not in (int, float):
+    if type(alpha) not in (int, float) or not is_number(alpha):
         raise Unsupported(f"alpha is a {type(alpha).__name__}")
     return tensors, params._replace(consts=(alpha,))
 
@@ -254,7 +261,7 @@ def bind_where(
     for name, value in zip(names[1:], values[1:], strict=True):
         if isinstance(value, Tensor):
             admit_or_scalar(value)
-        elif not isinstance(value, (bool, int, float)):
+        elif not is_number(value):
             raise Unsupported(f"{name} is a {type(value).__name__}")
     if any(t.device != condition.device for t in branches):
         raise Unsupported("tensors on different devices")

@@ -90,10 +90,22 @@ def refuse_empty(input: Tensor, dims: tuple[int, ...]) -> None:
         raise Unsupported("reduces an empty dimension")
 
 
+# The default of an argument without which torch reads a call differently.
+_OMITTED: Any = object()
+
+
 def _bind_sum(
-    input: Tensor, dim: Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+    input: Tensor,
+    dim: Dim = _OMITTED,
+    keepdim: bool = _OMITTED,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensors, Params]:
-    return (input,), read(input, dim, keepdim, dtype)
+    if dim is _OMITTED:
+        if keepdim is not _OMITTED:
+            raise Unsupported("keepdim without dim")
+        dim = None
+    return (input,), read(input, dim, keepdim is not _OMITTED and keepdim, dtype)
 
 
 def _bind_extremum(input: Tensor, dim: Dim = (), keepdim: bool = False) -> tuple[Tensors, Params]:

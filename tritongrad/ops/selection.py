@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import selection as k
 from ..sampling import Make, Sample
-from .operands import bind_two, bind_where, bind_where_method, unary_bind
+from .operands import bind_tensors, bind_two, bind_where, bind_where_method, unary_bind
 from .rows import number_samples, row
 
 T = Tensor
@@ -45,7 +45,7 @@ pointwise(
 )  # fmt: skip
 pointwise(
     "maximum", torch.maximum, T.maximum,
-    bind=bind_two,
+    bind=bind_tensors,
     inputs=("x", "y"),
     rules={
         "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x < y, 0.0, g)),
@@ -55,7 +55,7 @@ pointwise(
 )  # fmt: skip
 pointwise(
     "minimum", torch.minimum, T.minimum,
-    bind=bind_two,
+    bind=bind_tensors,
     inputs=("x", "y"),
     rules={
         "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x > y, 0.0, g)),

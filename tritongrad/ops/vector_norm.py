@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
+from ..dtypes import COMPUTE_DTYPE, FLOATING, Number, is_number
 from ..function import vjp
 from ..kernels import reduction as k
 from ..launchers.reduction import AMAX, AMIN, SUM, Reduction, reduce
@@ -45,7 +45,7 @@ def _bind_vector_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensors, Params]:
-    if type(ord) not in (int, float):
+    if type(ord) not in (int, float) or not is_number(ord):
         raise Unsupported(f"order is a {type(ord).__name__}")
     params = read(input, dim, keepdim, dtype, float(ord))
     if input.dtype is not params.result and (

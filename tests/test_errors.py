@@ -1,0 +1,246 @@
+"""HAZARDS 28: what torch refuses is refused, with torch's exception type.
+
+Every op's samples are spoiled in one argument at a time: another shape, dtype, device, kind of
+value. Whether that is an error, torch itself says, called with the same arguments. Where it is one,
+ours has torch's type, names the argument with what came for it, and has launched nothing; where it
+is none, ours gives what torch gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenarios import launches
+from support import ALL, Call, assert_same, calls, flatten
+from torch import Tensor
+
+import tritongrad
+from tritongrad.function import describe
+from tritongrad.op import OPS, TARGETS, Bind
+from tritongrad.sampling import Sample, clone, tensors
+
+
+class Spoiled(NamedTuple):
+    """A call with one argument that is wrong, perhaps: its name in ``bind``, and its value."""
+
+    name: str
+    value: Any
+    sample: Sample
+
+
+def few(name: str, most: int = 3) -> list[Call]:
+    """The first small samples of an op."""
+    return [c for c in calls(OPS[name]) if 0 < sum(t.numel() for t in c.inputs) <= 40][:most]
+
+
+def bind_of(name: str) -> Bind:
+    return TARGETS[OPS[name].replaces[0]][1]
+
+
+def parameters(name: str) -> list[str]:
+    return list(inspect.signature(bind_of(name)).parameters)
+
+
+def places(name: str, sample: Sample) -> Iterator[tuple[str, int | str, Any]]:
+    """Each argument of a call: its name, its position or keyword, its value."""
+    for i, (argument, value) in enumerate(zip(parameters(name), sample.args, strict=False)):
+        yield argument, i, value
+    for argument, value in sample.kwargs.items():
+        yield argument, argument, value
+
+
+def spoil(sample: Sample, argument: str, place: int | str, value: Any) -> Spoiled:
+    """``sample`` with ``value`` at a position or keyword."""
+    args, kwargs, note = sample
+    if isinstance(place, int):
+        args = (*args[:place], value, *args[place + 1 :])
+    else:
+        kwargs = kwargs | {place: value}
+    return Spoiled(argument, value, Sample(args, kwargs, note))
+
+
+def spoiled_tensors(name: str, others: Callable[[Tensor], Iterator[Any]]) -> Iterator[Spoiled]:
+    """Calls with one of the tensors replaced."""
+    for call in few(name):
+        for argument, place, value in places(name, call.sample):
+            if isinstance(value, Tensor):
+                for other in others(value.detach()):
+                    yield spoil(call.sample, argument, place, other)
+
+
+def outcome(function: Callable[[], Any]) -> Any:
+    """What a call returns or raises."""
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+MIXED = RuntimeError("expected all tensors to be on the same device, one is on meta")
+
+
+def is_mixed(sample: Sample) -> bool:
+    """Whether some tensors have memory and some have not: native torch has read what is not there
+    and returned numbers."""
+    return len({t.is_meta for t in tensors(sample) if t.dim()}) > 1
+
+
+def check(name: str, spoiled: Spoiled) -> bool:
+    """The op, called itself and by torch's name under ``use()``, does what torch does. Returns
+    whether that is to refuse."""
+    func, bind = OPS[name].replaces[0], bind_of(name)
+    _, _, sample = spoiled
+
+    def on_copies(function: Callable[..., Any]) -> Callable[[], Any]:
+        args, kwargs, _ = clone(sample)
+        return lambda: outcome(lambda: function(*args, **kwargs))
+
+    what = f"{name}({describe(bind, sample.args, sample.kwargs)})"
+    expected = MIXED if is_mixed(sample) else on_copies(func)()
+    direct, launched = launches(on_copies(OPS[name]))
+    rerouted_call = on_copies(func)
+    with tritongrad.use() as session:
+        rerouted = rerouted_call()
+    if not isinstance(expected, Exception):
+        for result in (direct, rerouted):
+            assert not isinstance(result, Exception), f"{what}: torch takes it"
+            assert_equal(result, expected, what)
+        return False
+    for result in (direct, rerouted):
+        assert type(result) is type(expected), f"{what}: {result!r}, torch gives {expected!r}"
+    assert (launched, session.launches) == (0, 0), what
+    # Only the first line: the rest may be a trace with addresses.
+    refusal = str(expected).partition("\n")[0]
+    assert str(direct).startswith(f"{what}: {refusal}")
+    if session.fell_back:
+        # Python functions of torch's hand on their defaults, too.
+        assert str(rerouted).startswith(f"{name}(")
+        assert f": {refusal}" in str(rerouted)
+        if spoiled.name:
+            assert describe(bind, (), {spoiled.name: spoiled.value}) in str(rerouted)
+    else:
+        # Arguments that fit no overload are refused by torch's parser, before any mode is asked.
+        assert str(rerouted).startswith(refusal)
+    return True
+
+
+def assert_equal(actual: Any, expected: Any, what: str) -> None:
+    """``assert_same``, for complex and meta tensors as well."""
+    ours, theirs = flatten(actual), flatten(expected)
+    for i, (a, e) in enumerate(zip(ours, theirs, strict=True)):
+        if isinstance(e, Tensor) and (e.is_complex() or e.is_meta):
+            assert (a.shape, a.dtype, a.device) == (e.shape, e.dtype, e.device), what
+            assert e.is_meta or torch.equal(a, e), what
+        else:
+            assert_same(a, e, f"{what}[{i}]")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_tensor(name: str) -> None:
+    """Something else in a tensor's place."""
+
+    def others(tensor: Tensor) -> Iterator[Any]:
+        yield from ("text", None, [1.0, 2.0], {}, 1j, 2.5, True, 2**70, tensor.numpy(force=True))
+
+    refused = [check(name, spoiled) for spoiled in spoiled_tensors(name, others)]
+    assert sum(refused) >= len(refused) / 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_dtype(name: str) -> None:
+    def others(tensor: Tensor) -> Iterator[Any]:
+        for dtype in (torch.float32, torch.int32, torch.bool, torch.complex64):
+            yield tensor.to(dtype)
+
+    for spoiled in spoiled_tensors(name, others):
+        check(name, spoiled)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_device(name: str) -> None:
+    def others(tensor: Tensor) -> Iterator[Any]:
+        yield tensor.to("meta")
+
+    for spoiled in spoiled_tensors(name, others):
+        assert check(name, spoiled) or not is_mixed(spoiled.sample)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shape(name: str) -> None:
+    def others(tensor: Tensor) -> Iterator[Any]:
+        shape = tensor.shape
+        yield tensor.new_ones((*shape, 7))
+        yield tensor.new_ones((7, *shape))
+        for d, n in enumerate(shape):
+            yield tensor.new_ones((*shape[:d], n + 1, *shape[d + 1 :]))
+
+    found = list(spoiled_tensors(name, others))
+    refused = [check(name, spoiled) for spoiled in found]
+    several = any(len(tensors(spoiled.sample)) > 1 for spoiled in found)
+    assert any(refused) or not several
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_options(name: str) -> None:
+    """Numbers, flags, dimensions, dtypes: of another type, or out of range."""
+    values = (
+        "text", None, [], {}, 1j, 2.5, -7, 99, 2**70, True, False, (0, 0), (0, -1), (0, "a"),
+        torch.int32, Tensor,
+    )  # fmt: skip
+    for call in few(name, 2):
+        taken = {n for n, place, _ in places(name, call.sample) if isinstance(place, int)}
+        for argument in parameters(name):
+            if argument not in taken:
+                for value in values:
+                    check(name, spoil(call.sample, argument, argument, value))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_signature(name: str) -> None:
+    """Arguments too many, too few, unknown, and results that cannot be written."""
+    assert check(name, Spoiled("", None, Sample(())))
+    for call in few(name):
+        sample = call.sample
+        assert check(name, spoil(sample, "nonsense", "nonsense", 1))
+        extra = Sample((*sample.args, *[1j] * 9), sample.kwargs)
+        assert check(name, Spoiled(f"argument {len(extra.args)}", 1j, extra))
+        missing = Sample(sample.args[1:], sample.kwargs)
+        check(name, Spoiled("", None, missing))
+        assert check(name, spoil(sample, "out", "out", "text"))
+        unfit = call.inputs[0].new_empty(0, dtype=torch.int32, requires_grad=False)
+        check(name, spoil(sample, "out", "out", unfit))
+
+
+RANDOM = settings(max_examples=12)
+SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+DIM = st.integers(-4, 4)
+
+
+@pytest.mark.parametrize("name", ALL)
+@RANDOM
+@given(data=st.data())
+def test_random_shapes(name: str, data: st.DataObject) -> None:
+    """Whether operands fit each other is torch's decision for any two shapes."""
+    sample = few(name, 1)[0].sample
+    spoiled = None
+    for argument, place, value in places(name, sample):
+        if isinstance(value, Tensor):
+            shape = data.draw(SHAPES, argument)
+            spoiled = spoil(sample, argument, place, value.new_ones(shape))
+            sample = spoiled.sample
+    assert spoiled is not None
+    check(name, spoiled)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if "dim" in parameters(n)])
+@RANDOM
+@given(shape=SHAPES, dim=st.one_of(DIM, st.lists(DIM, max_size=3), st.tuples(DIM, DIM)))
+def test_random_dims(name: str, shape: tuple[int, ...], dim: Any) -> None:
+    tensor = few(name, 1)[0].inputs[0].new_ones(shape)
+    check(name, spoil(Sample((tensor,)), "dim", "dim", dim))
