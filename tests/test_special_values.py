@@ -128,6 +128,32 @@ def tangent(function: Callable[..., Tensor], inputs: Sequence[Tensor], moving: i
         return fwAD.unpack_dual(function(*values)).tangent
 
 
+@pytest.mark.parametrize("name", POINTWISE)
+@pytest.mark.parametrize("upstream", [inf, nan])
+def test_upstream_gradient(name: str, upstream: float) -> None:
+    """Gradients of what is not finite, by the kernel, and by the rule, which computes those that
+    carry a tangent."""
+    for call in special_calls(name):
+        for dual in (False, True):
+            mine, torchs = (
+                pullback(f, call.inputs, upstream, dual) for f in (call.triton, call.torch)
+            )
+            assert_same(mine, torchs, f"{call}, gradient of {upstream}, dual {dual}")
+
+
+def pullback(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: float, dual: bool
+) -> list[Tensor | None]:
+    """Gradients for one upstream gradient everywhere, on request with tangents of their own."""
+    with fwAD.dual_level():
+        value = function(*inputs)
+        g = torch.full_like(value, upstream)
+        if dual:
+            g = fwAD.make_dual(g, random_like([g])[0])
+        found = torch.autograd.grad(value, inputs, g)
+        return [part for gradient in found for part in fwAD.unpack_dual(gradient)]
+
+
 # -------------------------------------------------------------------- reductions and contractions
 
 STRUCTURED = [n for n in DIFFERENTIABLE if n not in POINTWISE]
