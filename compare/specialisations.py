@@ -226,7 +226,11 @@ def exercise(op: Op, sample: Sample) -> None:
 
         def dual(value: Any) -> Any:
             if isinstance(value, Tensor) and value.requires_grad:
-                return forward_ad.make_dual(value.detach(), torch.empty_like(value.detach()))
+                primal = value.detach()
+                # torch lays the tangent out as the primal, and cannot where elements overlap.
+                if torch._debug_has_internal_overlap(primal) == 1:
+                    primal = primal.clone()
+                return forward_ad.make_dual(primal, torch.empty_like(primal))
             if type(value) in (list, tuple):
                 return type(value)(map(dual, value))
             return value
@@ -297,11 +301,14 @@ class Collection:
         found.vectorisable |= welcomes_vectors(args)
 
 
-def cover(specialisations: Iterable[Specialisation]) -> Iterator[Specialisation]:
+def cover(
+    specialisations: Iterable[Specialisation], tiles: bool = True
+) -> Iterator[Specialisation]:
     """Those that show something new: a kernel's functions, or its tile, with these dtypes.
 
     The rest repeat one of them with other divisibilities, ranks or absent operands: many times as
-    many, from the same source lines.
+    many, from the same source lines. Without ``tiles``, each kernel with each of its functions
+    once, and with each tile only if it has no functions.
     """
     seen: set[str] = set()
     for specialisation in specialisations:
@@ -309,8 +316,11 @@ def cover(specialisations: Iterable[Specialisation]) -> Iterator[Specialisation]
         functions = [leaf["jit"] for leaf in _leaves(meta) if "jit" in leaf]
         tile = {name: value for name, value in meta.items() if not isinstance(value, dict)}
         tile["vectorisable"] = specialisation.vectorisable
-        about = (specialisation.kernel, specialisation.dtypes)
-        new = {json.dumps([*about, functions]), json.dumps([*about, tile])} - seen
-        if new:
-            seen |= new
+        about: tuple[Any, ...] = (specialisation.kernel, specialisation.dtypes)
+        if tiles:
+            keys = {json.dumps([*about, functions]), json.dumps([*about, tile])}
+        else:
+            keys = {json.dumps([specialisation.kernel, functions or tile])}
+        if keys - seen:
+            seen |= keys
             yield specialisation

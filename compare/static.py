@@ -96,6 +96,16 @@ def _faults(specialisation: Specialisation, target: str, code: Code) -> Iterator
         yield f"no 16-byte store ({vector.reason})"
 
 
+def compile_for(
+    wanted: Sequence[Specialisation], targets: Sequence[str], workers: int, console: Console
+) -> list[Row]:
+    """Compile each for each target, and judge."""
+    triples = [(i, s, target) for i, s in enumerate(wanted) for target in targets]
+    jobs = [make_job(s.description, target) for _, s, target in triples]
+    answers = dict(tracked(compile_all(jobs, workers), "compiling", console, len(jobs)))
+    return [judge(*triple, answers[index]) for index, triple in enumerate(triples)]
+
+
 def present(rows: Sequence[Row], problems: Sequence[str], console: Console) -> None:
     """Print the rows, one table row for all targets of a specialisation, then what is wrong."""
     table = Table(show_lines=True)
@@ -167,11 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.all:
         wanted = list(cover(wanted))
     targets = options.target or list(TARGETS)
-    triples = [(i, s, target) for i, s in enumerate(wanted) for target in targets]
-    jobs = [make_job(s.description, target) for _, s, target in triples]
-    compiling = compile_all(jobs, options.workers)
-    answers = dict(tracked(compiling, "compiling", console, len(jobs)))
-    rows = [judge(*triple, answers[index]) for index, triple in enumerate(triples)]
+    rows = compile_for(wanted, targets, options.workers, console)
     present(rows, collection.problems, console)
     if options.json is not None:
         write_json(options.json, [asdict(row) for row in rows])

@@ -227,7 +227,7 @@ def test_offsets_beyond_32_bits() -> None:
         assert session.ran["matmul"]
         expected = (left.double() @ right.double()).half()
         assert_same(found, expected, tolerance=Tolerance(1e-3, 1e-3))
-    assert launcher._plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, "ieee").meta["WIDE"]
+    assert launcher.plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, "ieee").meta["WIDE"]
 
 
 @pytest.mark.parametrize(
@@ -378,10 +378,10 @@ def test_tile_table() -> None:
 
 
 def test_tf32_as_torch_was_told() -> None:
-    assert launcher._float32_precision() == "ieee"
+    assert launcher.float32_precision() != "tf32"
     torch.set_float32_matmul_precision("high")
     try:
-        assert launcher._float32_precision() == "tf32"
+        assert launcher.float32_precision() == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -397,12 +397,12 @@ def compiled(
     from tritongrad.compare.specialisations import describe, make_job
 
     monkeypatch.setattr(launcher, "_HAS_WGMMA", target != "sm_80")
-    monkeypatch.setattr(launcher, "_float32_precision", lambda: precision)
-    launcher._plan.cache_clear()
+    monkeypatch.setattr(launcher, "float32_precision", lambda: precision)
+    launcher.plan.cache_clear()
     launches: list[Any] = []
     with runtime.stub(), runtime.observe(lambda *launch: launches.append(launch)):
         launcher.matrix_product(a, b)
-    launcher._plan.cache_clear()
+    launcher.plan.cache_clear()
     ((kernel, _, args, meta),) = launches
     ((_, answer),) = compile_all([make_job(describe(kernel, args, meta), target)], 1)
     assert "error" not in answer, answer["error"]

@@ -16,6 +16,7 @@ import torch
 from tritongrad.compare import disassembly, specialisations, static
 from tritongrad.compare.disassembly import Code
 from tritongrad.compare.specialisations import Specialisation, describe, encode, make_job
+from tritongrad.compare.terminal import make_console
 from tritongrad.op import OPS
 
 KERNELS = """
@@ -387,3 +388,17 @@ def test_multiplication_compiles_and_vectorises(tmp_path: Path) -> None:
     status = static.main(arguments)
     assert [row["faults"] for row in json.loads(file.read_text()) if row["faults"]] == []
     assert status == 0
+
+
+@pytest.mark.parametrize("target", disassembly.TARGETS)
+def test_every_op_compiles_without_spills(target: str) -> None:
+    """Each kernel with each of its functions; all tiles and dtypes are for `make static`."""
+    collection = specialisations.Collection()
+    for op in OPS.values():
+        collection.add(op, [torch.float32])
+    assert collection.problems == []
+    wanted = list(specialisations.cover(collection.specialisations, tiles=False))
+    rows = static.compile_for(wanted, [target], 1, make_console())
+    assert {
+        (row.kernel, row.ops, str(row.constexprs)): row.faults for row in rows if row.faults
+    } == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,3 +43,14 @@ def encode(value: Number, compute: torch.dtype) -> Number:
     if compute is torch.float64:
         return struct.unpack("<q", struct.pack("<d", value))[0]
     return float(value)
+
+
+def encode_all(values: tuple[Number, ...], compute: torch.dtype) -> tuple[Number, ...]:
+    """``encode`` each."""
+    # To a cache, -0.0 is 0.0.
+    return _encode_all.__wrapped__(values, compute) if 0 in values else _encode_all(values, compute)
+
+
+@lru_cache(maxsize=4096)
+def _encode_all(values: tuple[Number, ...], compute: torch.dtype) -> tuple[Number, ...]:
+    return tuple([encode(v, compute) for v in values])

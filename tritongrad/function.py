@@ -1,7 +1,6 @@
 """From an Op to calls of it: eager, under autograd, forward mode, torch.func.
 
-One ``autograd.Function`` a op serves every path. Eager calls enter it below the Python layer of
-``Function.apply``, which binds the signature by ``inspect`` each time (12 us against 3).
+One ``autograd.Function`` an op serves ``torch.func``; eager calls take a short way into it.
 
 Derivatives. ``Function.backward`` calls the op's backward op, an Op like any other, so that a
 second derivative meets a second Function. What has no kernel of its own is evaluated from the rule
@@ -27,7 +26,6 @@ from .runtime import local
 
 Function = Callable[..., Any]
 
-_functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _keys = torch._C._dispatch_keys
@@ -35,6 +33,7 @@ _unwrapped = torch._C._functorch.get_unwrapped
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_tracing = torch._C._is_tracing
+_is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
 
@@ -72,13 +71,17 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in PLAIN_TYPES and key_set(tensor) in PLAIN_KEY_SETS
 
 
+transforming = torch._C._are_functorch_transforms_active
+"""Whether a call is made inside a transform of torch.func."""
+
+
 def admit(tensor: Tensor) -> None:
     """Raise Unsupported, with the reason, for a tensor that our kernels cannot take."""
     if type(tensor) in PLAIN_TYPES and _keys(tensor).raw_repr() in PLAIN_KEY_SETS:
         return
     if not isinstance(tensor, Tensor):
         raise Unsupported(f"a {type(tensor).__name__} in a tensor's place")
-    if _is_wrapped(tensor) and not _functorch_active():
+    if _is_wrapped(tensor) and not transforming():
         raise Unsupported("tensor of a transform that has ended")
     while _is_wrapped(tensor):
         tensor = _unwrapped(tensor)
@@ -95,11 +98,21 @@ def admit(tensor: Tensor) -> None:
     raise Unsupported("lazily evaluated tensor")
 
 
+def admit_pair(a: Tensor, b: Tensor) -> None:
+    """``admit`` both."""
+    if type(a) in PLAIN_TYPES and type(b) in PLAIN_TYPES:
+        keys = _keys(a).raw_repr()
+        if keys in PLAIN_KEY_SETS and _keys(b).raw_repr() == keys:
+            return
+    admit(a)
+    admit(b)
+
+
 def entry(op: Op, bind: Bind, func: Function) -> Function:
     """The function that runs ``func``'s calls, read by ``bind``, on ``op`` where it can."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return library.call(op, func, args, kwargs)
         if _function_modes() and not local.bypass:
             # Called directly, not by a mode: what happens inside is not the user's torch code.
@@ -237,72 +250,77 @@ def autocast(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
-def apply(op: Op, params: Any, tensors: Tensors) -> Any:
+def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> Any:
     """Run a bound call: directly when nothing asks for a derivative, else through the Function.
 
-    Returns the public outputs: a tensor, or a tuple of them.
+    Returns the public outputs: a tensor, or a tuple of them; on request ``everything``, also what
+    the op keeps for its backward.
     """
-    result = _run(op, params, tensors)
-    if type(result) is tuple and len(result) > op.outputs:
+    if transforming():
+        result = op.function.apply(params, *tensors)
+    else:
+        call = op.forward
+        if op.differentiable:
+            if forward_ad._current_level >= 0:
+                call = op.recorded
+            elif _grad_enabled():
+                for t in tensors:
+                    if t is not None and t.requires_grad:
+                        call = op.recorded
+                        break
+        result = call(params, *tensors)
+    if type(result) is tuple and len(result) > op.outputs and not everything:
         return result[0] if op.outputs == 1 else result[: op.outputs]
     return result
 
 
-def _run(op: Op, params: Any, tensors: Tensors) -> Any:
-    """``apply`` with what the op keeps for its backward among the outputs."""
-    if _functorch_active():
-        result = op.function.apply(params, *tensors)
-    else:
-        record = False
-        if op.differentiable:
-            if forward_ad._current_level >= 0:
-                record = True
-            elif _grad_enabled():
-                for t in tensors:
-                    if t is not None and t.requires_grad:
-                        record = True
-                        break
-        if record:
-            # Function.apply of torch.autograd.Function's base is the C++ entry: no binding.
-            result = super(torch.autograd.Function, op.function).apply(  # type: ignore[misc]
-                params, *tensors
-            )
-        else:
-            result = op.forward(params, *tensors)
-    return result
+_ALL = tuple(range(64))  # indices of an op's tensors, which are never so many
 
 
-def make_function(op: Op) -> type[torch.autograd.Function]:
-    """The autograd.Function of ``op``; its first argument is ``params``, then the tensors."""
+def make_function(op: Op) -> tuple[type[torch.autograd.Function], Function]:
+    """The autograd.Function of ``op``, and how to enter it outside of transforms.
 
-    # Constants of the op, looked up once: setup_context is on the hot path.
-    saves, uniform, public, differentiable = op.saves, op.uniform, op.outputs, op.differentiable
+    Its arguments are ``params``, then the tensors. The entry is ``apply`` of a subclass whose
+    ``forward`` records, which spares a call, taken below the Python layer of ``Function.apply``,
+    which binds the signature by ``inspect`` each time (12 us against 3).
+    """
 
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    # Constants of the op, looked up once: recording is on the hot path.
+    saves, known_specs, public, differentiable = op.saves, op.specs, op.outputs, op.differentiable
+    compute = op.forward
+
+    def record(ctx: Any, params: Any, tensors: Tensors, output: Any) -> None:
         outputs = output if type(output) is tuple else (output,)
         if not differentiable:
             ctx.mark_non_differentiable(*outputs)
             return
-        params, *tensors = inputs
-        specs = None
-        if uniform is None or not uniform(params):
+        specs: Any = None if known_specs is None else known_specs(params)
+        if specs is None:
             # Plain pairs here, Specs in backward: it is the forward call that users wait for.
-            specs = tuple([None if t is None else (t.shape, t.dtype) for t in tensors])
+            specs = [None if t is None else (t.shape, t.dtype) for t in tensors]
         ctx.call = params, specs, local.session
         # An output that the loss does not depend on sends None, not a tensor of zeros, whose
         # product with an infinite slope would be NaN (the `out` of a backward op has no use of
         # its own).
         ctx.set_materialize_grads(False)
-        if saves is None:
+        kept = saves and saves(params, ctx.needs_input_grad[1:])
+        if kept is None or kept == _ALL[: len(tensors)]:
             ctx.save_for_backward(*tensors)
-        else:
-            everything = (*tensors, *outputs)
-            kept = saves(params, ctx.needs_input_grad[1:])
+        elif kept:
+            everything = tensors + outputs
             ctx.save_for_backward(*[everything[i] for i in kept])
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors, *outputs)
-        if len(outputs) > public:
+        if output is outputs and len(outputs) > public:
             ctx.mark_non_differentiable(*outputs[public:])
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        record(ctx, inputs[0], inputs[1:], output)
+
+    def forward(ctx: Any, params: Any, *tensors: Tensor | None) -> Any:
+        output = compute(params, *tensors)
+        record(ctx, params, tensors, output)
+        return output
 
     def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
         needs = ctx.needs_input_grad[1:]
@@ -317,7 +335,7 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
         grads = tuple([g if g is None else _unwrap_if_dead(g) for g in grads[:public]])
         if all(g is None for g in grads):
             return (None,) * (1 + len(needs))
-        if specs is None:
+        if specs == ():
             like = next(g for g in grads if g is not None)
             specs = (Spec(like.shape, like.dtype),) * len(needs)
         else:
@@ -359,7 +377,7 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
                 return op.vmap(info, params, tensors, in_dims[1:])
             return vmap_reference(op, info, params, tensors, in_dims[1:])
 
-    name = "".join(part.capitalize() for part in op.name.split("_"))
+    name = "Triton" + "".join(part.capitalize() for part in op.name.split("_"))
     members: dict[str, Any] = {
         "op": op,
         "forward": staticmethod(op.forward),
@@ -370,7 +388,16 @@ def make_function(op: Op) -> type[torch.autograd.Function]:
         "__doc__": f"{op.name}: {op.formula}",
         "__module__": __name__,
     }
-    return type(f"Triton{name}", (torch.autograd.Function,), members)
+    function = type(name, (torch.autograd.Function,), members)
+    unset = torch.autograd.function._SingleLevelFunction.setup_context
+    members = {
+        "op": op,
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(unset),
+        "__module__": __name__,
+    }
+    eager = type(name, (function,), members)
+    return function, super(torch.autograd.Function, eager).apply  # type: ignore[misc]
 
 
 def vjp(
@@ -436,7 +463,7 @@ def _carries_tangents(tensors: Tensors, own_level: int) -> bool:
     Exact for dual numbers. Under torch.func the tangents of outer levels are out of reach, so
     every forward-mode level but the one being evaluated (``own_level`` of them) counts.
     """
-    if not _functorch_active():
+    if not transforming():
         return any(
             t is not None and forward_ad.unpack_dual(t, level=0).tangent is not None
             for t in tensors
@@ -468,7 +495,7 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
 
     primals: list[Any] = [tensors[i] for i in wanted]
     found: Sequence[Tensor | None]
-    if _functorch_active():
+    if transforming():
         with rules():
             pull = torch.func.vjp(outputs, *primals)[1]
             found = pull(cotangents)
@@ -536,7 +563,7 @@ def _vmap_by_samples(op: Op, info: Any, params: Any, tensors: Tensors, dims: tup
             t if t is None or d is None else t.select(d, i)
             for t, d in zip(tensors, dims, strict=True)
         )
-        found = _run(op, params, sample)
+        found = apply(op, params, sample, everything=True)
         results.append(found if type(found) is tuple else (found,))
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)

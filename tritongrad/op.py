@@ -81,8 +81,8 @@ class Op:
             ``backward`` only.
         saves: ``(params, needs) -> indices`` into ``(*tensors, *outputs)``: what backward needs.
             None: the tensors.
-        uniform: ``params -> bool``: whether every input has the shape and dtype of the output, so
-            that neither needs to be remembered. None: never.
+        specs: ``params -> Specs of the tensors``, where ``params`` know them; ``()`` if every
+            tensor has the shape and dtype of the output, None if they do not know.
         rule: the derivative in torch mathematics: ``(params, needs, specs, grads, saved) ->
             gradients``, one per tensor, ``None`` where ``needs`` is false. ``saved`` has the
             length of inputs and outputs together, ``None`` at what was not saved.
@@ -117,7 +117,7 @@ class Op:
     variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
     outputs: int = 1
     saves: Callable[[Any, Needs], Sequence[int]] | None = None
-    uniform: Callable[[Any], bool] | None = None
+    specs: Callable[[Any], tuple[Spec | None, ...] | None] | None = None
     rule: Rule | None = None
     backward: Op | None = None
     reference: Callable[..., Tensors] | None = None
@@ -143,11 +143,20 @@ class Op:
             )
 
     @cached_property
-    def function(self) -> type[torch.autograd.Function]:
-        """Its autograd.Function."""
+    def _functions(self) -> tuple[type[torch.autograd.Function], Callable[..., Any]]:
         from .function import make_function
 
         return make_function(self)
+
+    @cached_property
+    def function(self) -> type[torch.autograd.Function]:
+        """Its autograd.Function."""
+        return self._functions[0]
+
+    @cached_property
+    def recorded(self) -> Callable[..., Any]:
+        """``(params, *tensors) -> outputs``, recorded for backward; not for use in transforms."""
+        return self._functions[1]
 
     @property
     def rule_text(self) -> str:

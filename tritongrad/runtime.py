@@ -148,21 +148,21 @@ def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[s
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: torch.device, **meta: Any
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], on: torch.Tensor, **meta: Any
 ) -> None:
-    """Launch ``kernel`` over ``grid`` on ``device``.
+    """Launch ``kernel`` over ``grid`` on the device of ``on``, a tensor.
 
     ``args`` are its run-time arguments (tensors, numbers, ``None``, tuples of these) and ``meta``
     its constexprs by name, with ``num_warps`` and ``num_stages`` where they are not the default.
     """
-    launch_prepared(kernel, grid, args, device, meta)
+    launch_prepared(kernel, grid, args, on, meta)
 
 
 def launch_prepared(
     kernel: Any,
     grid: tuple[int, ...],
     args: tuple[Any, ...],
-    device: torch.device,
+    on: torch.Tensor,
     meta: dict[str, Any],
 ) -> None:
     """``launch`` with the constexprs in a dictionary, which is only read."""
@@ -173,10 +173,10 @@ def launch_prepared(
         _observer(kernel, grid, args, meta)
     if _stubbed:
         return
-    if _single_device or device.index == torch.cuda.current_device():
+    if _single_device or on.get_device() == torch.cuda.current_device():
         _run(kernel, grid, args, meta)
     else:
-        with torch.cuda.device(device):
+        with torch.cuda.device(on.device):
             _run(kernel, grid, args, meta)
 
 

@@ -78,9 +78,9 @@ _HAS_WGMMA = (
 )
 
 
-def _float32_precision() -> str:
-    """How torch has been told to multiply float32: exactly, or rounded to TF32."""
-    return "tf32" if torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32" else "ieee"
+def float32_precision() -> str:
+    """How torch has been told to multiply float32: "tf32" for rounded to that."""
+    return torch._C._get_fp32_precision_getter("cuda", "matmul")
 
 
 def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...]:
@@ -128,7 +128,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def plan(
     a_shape: torch.Size,
     a_strides: Strides,
     b_shape: torch.Size,
@@ -136,6 +136,8 @@ def _plan(
     dtype: torch.dtype,
     precision: str,
 ) -> Plan:
+    """How to multiply operands of these shapes and strides, float32 in ``float32_precision()``."""
+    precision = "tf32" if dtype is torch.float32 and precision == "tf32" else "ieee"
     batch_shape = torch.broadcast_shapes(a_shape[:-2], b_shape[:-2])
     (m, depth), n = a_shape[-2:], b_shape[-1]
     shape = torch.Size((*batch_shape, m, n))
@@ -187,13 +189,16 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shapes fit, and dtypes are equal (checked when the call was bound). The result is contiguous.
     """
-    dtype = a.dtype
-    precision = _float32_precision() if dtype is torch.float32 else "ieee"
-    plan = _plan(a.shape, a.stride(), b.shape, b.stride(), dtype, precision)
+    found = plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision())
+    return run(found, a, b, bias)
+
+
+def run(plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``matrix_product`` of operands of the shapes and strides that ``plan`` was made for."""
     # Not new_empty(): of torch's allocators the strided ones have the least overhead.
     out = a.new_empty_strided(plan.shape, plan.strides)
     if plan.grid is not None:
         if bias is not None and bias.stride(0) != 1:
             bias = bias.contiguous()
-        launch_prepared(k.gemm, plan.grid, (out, a, b, bias, *plan.geometry), a.device, plan.meta)
+        launch_prepared(k.gemm, plan.grid, (out, a, b, bias, *plan.geometry), out, plan.meta)
     return out

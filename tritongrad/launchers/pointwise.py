@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import COMPUTE_DTYPE, TRITON_DTYPE, Number, encode
+from ..dtypes import COMPUTE_DTYPE, TRITON_DTYPE, Number, encode, encode_all
 from ..kernels import pointwise as k
 from ..layout import (
     INT32_MAX,
@@ -60,10 +60,10 @@ def elementwise(
     if scalars:
         scalars = tuple([v if v is None else encode(v, compute) for v in scalars])
     if consts:
-        consts = tuple([encode(v, compute) for v in consts])
+        consts = encode_all(consts, compute)
     if not dense:
         return _strided(
-            function, raw, operands, scalars, consts, result, compute, out_dtypes, first.device
+            function, raw, operands, scalars, consts, result, compute, out_dtypes, first
         )
     outs: list[Tensor | None] = [
         None
@@ -79,7 +79,7 @@ def elementwise(
             k.pointwise_dense,
             (-(-n // k.DENSE_BLOCK),),
             (tuple(outs), operands, scalars, consts, n),
-            first.device,
+            first,
             F=function,
             RAW=raw,
             RESULT=TRITON_DTYPE[result],
@@ -99,7 +99,7 @@ def _strided(
     result: torch.dtype,
     compute: torch.dtype,
     out_dtypes: tuple[torch.dtype | None, ...],
-    device: torch.device,
+    like: Tensor,
 ) -> list[Tensor | None]:
     """``elementwise`` where the operands are not all dense in the same order."""
     present = [t for t in operands if t is not None]
@@ -110,7 +110,7 @@ def _strided(
     outs: list[Tensor | None] = [
         None
         if dtype is None
-        else torch.empty_strided(shape, out_strides, dtype=dtype, device=device)
+        else torch.empty_strided(shape, out_strides, dtype=dtype, device=like.device)
         for dtype in out_dtypes
     ]
     if 0 in shape:
@@ -131,7 +131,7 @@ def _strided(
             k.pointwise_dense,
             (-(-n // k.DENSE_BLOCK),),
             (tuple(outs), operands, scalars, consts, n),
-            device,
+            like,
             BLOCK=k.DENSE_BLOCK,
             **common,
         )
@@ -150,7 +150,7 @@ def _strided(
             tuple(outs), operands, scalars, consts,
             outer, (tuple(merged[0]),) * len(outs), in_strides, rows, columns,
         ),
-        device,
+        like,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         **common,

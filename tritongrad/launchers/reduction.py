@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtypes import COMPUTE_DTYPE, TRITON_DTYPE, Number, encode
+from ..dtypes import COMPUTE_DTYPE, TRITON_DTYPE, Number, encode_all
 from ..kernels import reduction as k
 from ..layout import (
     INT32_MAX,
@@ -82,8 +82,11 @@ class Plan(NamedTuple):
         geometry: the kernel's arguments from ``kept_shape`` to ``span``.
         rows: elements of the result.
         grid: of the launch.
-        parts: programs that share a row; more than one need a second launch.
+        parts: programs that share a row.
         meta: the kernel's constexprs.
+        compute: dtype of the parts.
+        numbers: the further arguments of the reduction's map and finish, encoded.
+        second: of the launch that reduces the parts, where rows are shared.
     """
 
     shape: torch.Size
@@ -93,9 +96,40 @@ class Plan(NamedTuple):
     grid: tuple[int]
     parts: int
     meta: dict[str, Any]
+    compute: torch.dtype
+    numbers: tuple[tuple[Number, ...], tuple[Number, ...]]
+    second: Plan | None = None
 
 
 @lru_cache(maxsize=4096)
+def plan(
+    reduction: Reduction,
+    shapes: tuple[torch.Size, ...],
+    strides: tuple[Strides, ...],
+    dims: tuple[int, ...],
+    keepdim: bool,
+    element: torch.dtype,
+    device: int,
+    map_params: tuple[Number, ...] = (),
+    finish_params: tuple[Number, ...] = (),
+) -> Plan:
+    """How to reduce operands of these shapes and strides. Args: as ``reduce`` has them."""
+    compute = COMPUTE_DTYPE[element]
+    before = encode_all(map_params, compute)
+    after = encode_all(finish_params, compute)
+    processors = _processors(device)
+    whole = _plan(reduction, shapes, strides, dims, keepdim, element, processors)
+    if whole.parts == 1:
+        return whole._replace(numbers=(before, after))
+    # Few rows of many elements: several programs share each, and a second launch their parts.
+    shared = _plan(reduction.partial, shapes, strides, dims, False, element, processors)
+    own = torch.Size((whole.parts, whole.rows)), (whole.rows, 1)
+    # For no processors: one program a row from here on, or the parts would be shared out again.
+    second = _plan(reduction.total, own[:1], own[1:], (0,), False, compute, 0)
+    second = second._replace(shape=whole.shape, strides=whole.strides, numbers=((), after))
+    return shared._replace(numbers=(before, ()), second=second)
+
+
 def _plan(
     reduction: Reduction,
     shapes: tuple[torch.Size, ...],
@@ -105,7 +139,7 @@ def _plan(
     element: torch.dtype,
     processors: int,
 ) -> Plan:
-    """Args: as ``reduce`` has them, with the shape and strides of each operand."""
+    """One launch of ``plan``."""
     shape = broadcast_sizes(shapes)
     strides = [strides_as(own, s, shape) for own, s in zip(shapes, own_strides, strict=True)]
     reduced = [d for d in range(len(shape)) if d in dims]
@@ -170,7 +204,9 @@ def _plan(
     if keepdim:
         result = torch.Size([1 if d in dims else n for d, n in enumerate(shape)])
     result_strides = dense_strides(result, range(len(result) - 1, -1, -1))
-    return Plan(result, result_strides, geometry, rows, (row_tiles * parts,), parts, meta)
+    compute = COMPUTE_DTYPE[element]
+    grid = (row_tiles * parts,)
+    return Plan(result, result_strides, geometry, rows, grid, parts, meta, compute, ((), ()))
 
 
 def _along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]]) -> bool:
@@ -182,7 +218,7 @@ def _along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]])
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def _processors(device: int) -> int:
     """Multiprocessors of a device; the interpreter, where programs cost milliseconds, has one."""
     if INTERPRETED:
         return 1
@@ -207,56 +243,41 @@ def reduce(
         result: dtype of the result.
         map_params, finish_params: further arguments of the reduction's functions.
     """
-    first = operands[0]
-    device = first.device
     if len(operands) == 1:
-        shapes: tuple[torch.Size, ...] = (first.shape,)
-        strides: tuple[Strides, ...] = (first.stride(),)
+        (only,) = operands
+        shapes: tuple[torch.Size, ...] = (only.shape,)
+        strides: tuple[Strides, ...] = (only.stride(),)
     else:
         shapes = tuple([t.shape for t in operands])
         strides = tuple([t.stride() for t in operands])
-    plan = _plan(reduction, shapes, strides, dims, keepdim, element, _processors(device))
+    device = operands[0].get_device()
+    found = plan(
+        reduction, shapes, strides, dims, keepdim, element, device, map_params, finish_params
+    )
+    return run(found, operands, result)
+
+
+def run(plan: Plan, operands: tuple[Tensor, ...], result: torch.dtype) -> Tensor:
+    """Reduce operands of the shapes and strides that ``plan`` was made for."""
+    first = operands[0]
+    second = plan.second
+    if second is not None:
+        parts = torch.empty((plan.parts, plan.rows), dtype=plan.compute, device=first.device)
+        _launch(plan, parts, operands)
+        return run(second, (parts,), result)
     # Not empty(): of torch's allocators the strided ones have the least overhead.
     if result is first.dtype:
         out = first.new_empty_strided(plan.shape, plan.strides)
     else:
-        out = torch.empty_strided(plan.shape, plan.strides, dtype=result, device=device)
-    if not plan.rows:
-        return out
-    if map_params or finish_params:
-        compute = COMPUTE_DTYPE[element]
-        map_params = tuple([encode(v, compute) for v in map_params])
-        finish_params = tuple([encode(v, compute) for v in finish_params])
-    if plan.parts == 1:
-        args = (out, operands, map_params, finish_params, *plan.geometry)
-        launch_prepared(k.reduce, plan.grid, args, device, plan.meta)
-    else:
-        _in_parts(reduction, plan.parts, operands, out, dims, element, map_params, finish_params)
+        out = first.new_empty_strided(plan.shape, plan.strides, dtype=result)
+    if plan.rows:
+        _launch(plan, out, operands)
     return out
 
 
-def _in_parts(
-    reduction: Reduction,
-    count: int,
-    operands: tuple[Tensor, ...],
-    out: Tensor,
-    dims: tuple[int, ...],
-    element: torch.dtype,
-    map_params: tuple[Number, ...],
-    finish_params: tuple[Number, ...],
-) -> None:
-    """Few rows of many elements: ``count`` programs share each, and a second launch their parts."""
-    device, compute = out.device, COMPUTE_DTYPE[element]
-    parts = torch.empty((count, out.numel()), dtype=compute, device=device)
-    shapes, strides = tuple([t.shape for t in operands]), tuple([t.stride() for t in operands])
-    processors = _processors(device)
-    plan = _plan(reduction.partial, shapes, strides, dims, False, element, processors)
-    args = (parts, operands, map_params, (), *plan.geometry)
-    launch_prepared(k.reduce, plan.grid, args, device, plan.meta)
-    # For no processors: one program a row from here on, or the parts would be shared out again.
-    whole = _plan(reduction.total, (parts.shape,), (parts.stride(),), (0,), False, compute, 0)
-    args = (out, (parts,), (), finish_params, *whole.geometry)
-    launch_prepared(k.reduce, whole.grid, args, device, whole.meta)
+def _launch(plan: Plan, out: Tensor, operands: tuple[Tensor, ...]) -> None:
+    args = (out, operands, *plan.numbers, *plan.geometry)
+    launch_prepared(k.reduce, plan.grid, args, out, plan.meta)
 
 
 def sum_to(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

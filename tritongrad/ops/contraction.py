@@ -18,52 +18,116 @@ first one again, and so is the third.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import FLOATING
-from ..function import apply, launchable, settle
+from ..function import admit_pair, apply, launchable, settle, transforming
 from ..kernels import arithmetic
-from ..launchers import reduction
-from ..launchers.matmul import matrix_product
+from ..launchers import matmul, reduction
 from ..launchers.pointwise import elementwise
-from ..layout import broadcast_shape
-from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors
+from ..layout import Strides, broadcast_shape
+from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
 
 
 class Matrices(NamedTuple):
-    """A product of matrices. ``*_transposed``: the operand's columns are what lies dense in memory;
-    its gradient is then laid out likewise, as torch's is."""
+    """A product of matrices.
+
+    Attributes:
+        a_transposed, b_transposed: the operand's columns are what lies dense in memory; its
+            gradient is then laid out likewise, as torch's is.
+        specs: of the operands, and
+        plan: the launch for them; neither under a transform, where the kernel will meet others.
+    """
 
     a_transposed: bool
     b_transposed: bool
+    specs: tuple[Spec, ...] | None = None
+    plan: matmul.Plan | None = None
 
 
 class Sum(NamedTuple):
-    """A product of two operands that broadcast, summed over ``dims``, which count from the end."""
+    """A product of two operands that broadcast, summed.
+
+    Attributes:
+        dims: summed over, counting from the end.
+        specs, plan: as ``Matrices`` has them.
+    """
 
     dims: tuple[int, ...]
+    specs: tuple[Spec, ...] | None = None
+    plan: reduction.Plan | None = None
 
 
 Params = Matrices | Sum
 
-_LAYOUTS = {(a, b): Matrices(a, b) for a in (False, True) for b in (False, True)}
+Form = Callable[[torch.Size, Strides, torch.Size, Strides], Params]
+"""Which product operands of these shapes and strides have; raises Unsupported where none."""
+
 INNER = Sum((-1,))
 
 
-def is_transposed(matrix: Tensor) -> bool:
+def is_transposed(strides: Strides) -> bool:
     """Whether the columns are what lies dense in memory."""
-    strides = matrix.stride()
     return strides[-2] == 1 != strides[-1]
 
 
-def matrices(a: Tensor, b: Tensor) -> Matrices:
-    """The product of these two."""
-    return _LAYOUTS[is_transposed(a), is_transposed(b)]
+def read(form: Form, a: Tensor, b: Tensor) -> Params:
+    """Params of the product of two tensors, checked.
+
+    Raises:
+        Unsupported: they do not multiply, or are not memory of one floating dtype on one device.
+    """
+    admit_pair(a, b)
+    if transforming():
+        check_alike(a.dtype, b.dtype, a.get_device(), b.get_device())
+        return form(a.shape, a.stride(), b.shape, b.stride())
+    return _params_and_plan(
+        form, a.shape, a.stride(), a.dtype, a.get_device(),
+        b.shape, b.stride(), b.dtype, b.get_device(), matmul.float32_precision(),
+    )  # fmt: skip
+
+
+def check_alike(a: torch.dtype, b: torch.dtype, a_device: int, b_device: int) -> None:
+    """Raise Unsupported unless these are one floating dtype and one device of a type."""
+    if a not in FLOATING:
+        raise Unsupported(f"dtype {str(a).removeprefix('torch.')}")
+    if a is not b:
+        raise Unsupported("operands of different dtypes")
+    if a_device != b_device:
+        raise Unsupported("tensors on different devices")
+
+
+@lru_cache(maxsize=4096)
+def _params_and_plan(
+    form: Form,
+    a_shape: torch.Size,
+    a_strides: Strides,
+    dtype: torch.dtype,
+    device: int,
+    b_shape: torch.Size,
+    b_strides: Strides,
+    b_dtype: torch.dtype,
+    b_device: int,
+    precision: str,
+) -> Params:
+    check_alike(dtype, b_dtype, device, b_device)
+    params = form(a_shape, a_strides, b_shape, b_strides)
+    specs = Spec(a_shape, dtype), Spec(b_shape, dtype)
+    if isinstance(params, Matrices):
+        product = matmul.plan(a_shape, a_strides, b_shape, b_strides, dtype, precision)
+        return params._replace(specs=specs, plan=product)
+    rank = max(len(a_shape), len(b_shape))
+    dims = tuple([rank + d for d in params.dims])
+    shapes, strides = (a_shape, b_shape), (a_strides, b_strides)
+    total = reduction.plan(reduction.PRODUCT, shapes, strides, dims, False, dtype, device)
+    return params._replace(specs=specs, plan=total)
 
 
 # -------------------------------------------------------------------- what formulas are made of
@@ -110,7 +174,7 @@ def _sum_to_rule(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.sum(dims, keepdim=True).reshape(shape) if dims else tensor
 
 
-KERNELS = Arithmetic(matrix_product, _launch_contraction, _launch_sum_to)
+KERNELS = Arithmetic(matmul.matrix_product, _launch_contraction, _launch_sum_to)
 RULES = Arithmetic(torch.matmul, _contraction_rule, _sum_to_rule)
 
 
@@ -184,7 +248,11 @@ def _contract_to(use: Arithmetic, shape: torch.Size, x: Tensor, y: Tensor) -> Te
 
 
 def _forward(params: Params, a: Tensor, b: Tensor) -> Tensor:
-    return _product(KERNELS, params, a, b)
+    if params.plan is None:
+        return _product(KERNELS, params, a, b)
+    if isinstance(params, Matrices):
+        return matmul.run(params.plan, a, b)
+    return reduction.run(params.plan, (a, b), a.dtype)
 
 
 # Each operand is the other's slope.
@@ -307,6 +375,7 @@ def product(
         replaces=targets,
         variants=variants or {},
         saves=saves,
+        specs=operator.attrgetter("specs"),
         rule=_rule,
         backward=backward_op(
             name,

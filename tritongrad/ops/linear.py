@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import FLOATING
-from ..function import settle
-from ..launchers.matmul import matrix_product
+from ..function import admit, admit_pair, settle, transforming
+from ..launchers import matmul
+from ..layout import Strides
 from ..op import BackwardParams, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .contraction import (
@@ -20,42 +23,94 @@ from .contraction import (
     Arithmetic,
     backward_op,
     batch_first,
+    check_alike,
     is_transposed,
     rows,
     saves,
     times,
 )
-from .matmul import LOWER, admit_pair
+from .matmul import LOWER
 
 linear = torch.nn.functional.linear
 
 
 class Params(NamedTuple):
-    """``weight_transposed``: as in ``contraction.Matrices``."""
+    """What a call is beside its tensors.
+
+    Attributes:
+        weight_transposed: as in ``contraction.Matrices``.
+        specs, plan: as there.
+    """
 
     weight_transposed: bool
+    specs: tuple[Spec | None, ...] | None = None
+    plan: matmul.Plan | None = None
 
 
 def _bind_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensors, Params]:
     admit_pair(input, weight)
-    if weight.dim() != 2:
-        raise Unsupported("weight is not a matrix")
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise Unsupported("inner sizes differ")
+    shapes: tuple[torch.Size, ...] = input.shape, weight.shape
+    dtypes: tuple[torch.dtype, ...] = input.dtype, weight.dtype
+    devices: tuple[int, ...] = input.get_device(), weight.get_device()
     if bias is not None:
-        admit_pair(weight, bias)
-        if bias.shape != weight.shape[:1]:
-            raise Unsupported("bias is not a vector of one number for each row of weight")
-    return (input, weight, bias), Params(is_transposed(weight))
+        admit(bias)
+        shapes, dtypes = (*shapes, bias.shape), (*dtypes, bias.dtype)
+        devices = (*devices, bias.get_device())
+    if transforming():
+        return (input, weight, bias), _params(shapes, dtypes, devices, weight.stride())
+    return (input, weight, bias), _params_and_plan(
+        shapes, dtypes, devices, input.stride(), weight.stride(), matmul.float32_precision()
+    )
+
+
+def _params(
+    shapes: tuple[torch.Size, ...],
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[int, ...],
+    weight_strides: Strides,
+) -> Params:
+    x, weight, *bias = shapes
+    for dtype, device in zip(dtypes[1:], devices[1:], strict=True):
+        check_alike(dtypes[0], dtype, devices[0], device)
+    if len(weight) != 2:
+        raise Unsupported("weight is not a matrix")
+    if not x or x[-1] != weight[1]:
+        raise Unsupported("inner sizes differ")
+    if bias and bias[0] != weight[:1]:
+        raise Unsupported("bias is not a vector of one number for each row of weight")
+    return Params(is_transposed(weight_strides))
+
+
+@lru_cache(maxsize=4096)
+def _params_and_plan(
+    shapes: tuple[torch.Size, ...],
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[int, ...],
+    x_strides: Strides,
+    weight_strides: Strides,
+    precision: str,
+) -> Params:
+    params = _params(shapes, dtypes, devices, weight_strides)
+    (x, weight), dtype = shapes[:2], dtypes[0]
+    specs = tuple([Spec(s, dtype) for s in shapes])
+    # A vector is a matrix of one row, but for the shape of the result.
+    table = (x, x_strides) if len(x) > 1 else (torch.Size((1, *x)), (0, *x_strides))
+    launch = matmul.plan(*table, weight[::-1], weight_strides[::-1], dtype, precision)
+    launch = launch._replace(
+        shape=torch.Size((*x[:-1], weight[0])), strides=launch.strides[-len(x) :]
+    )
+    return params._replace(specs=(*specs, None)[:3], plan=launch)
 
 
 def _forward(params: Params, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if params.plan is not None:
+        return matmul.run(params.plan, x, weight, bias)
     if x.dim() == 1:
         # In place: a view made inside a Function could not be modified in place by the user.
-        return matrix_product(x.unsqueeze(0), weight.mT, bias).squeeze_(0)
-    return matrix_product(x, weight.mT, bias)
+        return matmul.matrix_product(x.unsqueeze(0), weight.mT, bias).squeeze_(0)
+    return matmul.matrix_product(x, weight.mT, bias)
 
 
 def _gradients(use: Arithmetic, bp: BackwardParams, g: Tensor, factors: Tensors) -> Tensors:
@@ -153,6 +208,7 @@ register(
         forward=_forward,
         replaces=(linear,),
         saves=saves,
+        specs=operator.attrgetter("specs"),
         rule=_rule,
         backward=backward_op("linear", GEMM + REDUCTION, _gradients, _tangent, _rule),
         jvp=_jvp,

@@ -10,76 +10,87 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATING
-from ..function import admit
-from ..layout import broadcasts
+from ..layout import Strides, broadcasts
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
-from .contraction import GEMM, INNER, REDUCTION, VECTOR_BACKWARD, Params, matrices, product
+from .contraction import (
+    GEMM,
+    INNER,
+    REDUCTION,
+    VECTOR_BACKWARD,
+    Matrices,
+    Params,
+    is_transposed,
+    product,
+    read,
+)
 
 # ---------------------------------------------------------------------- reading torch's signatures
 
 
-def admit_pair(a: Tensor, b: Tensor) -> None:
-    """Raise Unsupported unless these multiply: two tensors of one floating dtype on one device."""
-    admit(a)
-    admit(b)
-    if a.dtype not in FLOATING:
-        raise Unsupported(f"dtype {str(a.dtype).removeprefix('torch.')}")
-    if a.dtype is not b.dtype:
-        raise Unsupported("operands of different dtypes")
-    if a.device != b.device:
-        raise Unsupported("tensors on different devices")
+def _dot(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+    if len(a) != 1 or a != b:
+        raise Unsupported("not two vectors of one size")
+    return INNER
 
 
-def _matrices(a: Tensor, b: Tensor) -> tuple[Tensors, Params]:
-    if a.shape[-1] != b.shape[-2]:
+def _mv(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+    if len(a) != 2 or len(b) != 1 or a[1] != b[0]:
+        raise Unsupported("not a matrix and a vector that fit")
+    return INNER
+
+
+def _matrices(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+    if a[-1] != b[-2]:
         raise Unsupported("inner sizes differ")
-    return (a, b), matrices(a, b)
+    return Matrices(is_transposed(a_strides), is_transposed(b_strides))
+
+
+def _mm(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+    if not len(a) == len(b) == 2:
+        raise Unsupported("not two matrices")
+    return _matrices(a, a_strides, b, b_strides)
+
+
+def _bmm(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+    if not len(a) == len(b) == 3 or a[0] != b[0]:
+        raise Unsupported("not two batches of one size")
+    return _matrices(a, a_strides, b, b_strides)
+
+
+def _matmul(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+    if not a or not b:
+        raise Unsupported("0-dim operand")
+    if len(b) == 1:
+        if a[-1] != b[0]:
+            raise Unsupported("inner sizes differ")
+        return INNER
+    if not broadcasts(a[:-2] or (1,), b[:-2] or (1,)):
+        raise Unsupported("batches do not broadcast")
+    return _matrices(a, a_strides, b, b_strides)
 
 
 def _bind_dot(input: Tensor, tensor: Tensor) -> tuple[Tensors, Params]:
-    admit_pair(input, tensor)
-    if not input.dim() == tensor.dim() == 1 or input.shape != tensor.shape:
-        raise Unsupported("not two vectors of one size")
-    return (input, tensor), INNER
+    return (input, tensor), read(_dot, input, tensor)
 
 
 def _bind_mv(input: Tensor, vec: Tensor) -> tuple[Tensors, Params]:
-    admit_pair(input, vec)
-    if input.dim() != 2 or vec.dim() != 1 or input.shape[1] != vec.shape[0]:
-        raise Unsupported("not a matrix and a vector that fit")
-    return (input, vec), INNER
+    return (input, vec), read(_mv, input, vec)
 
 
 def _bind_mm(input: Tensor, mat2: Tensor) -> tuple[Tensors, Params]:
-    admit_pair(input, mat2)
-    if not input.dim() == mat2.dim() == 2:
-        raise Unsupported("not two matrices")
-    return _matrices(input, mat2)
+    return (input, mat2), read(_mm, input, mat2)
 
 
 def _bind_bmm(input: Tensor, mat2: Tensor) -> tuple[Tensors, Params]:
-    admit_pair(input, mat2)
-    if not input.dim() == mat2.dim() == 3 or input.shape[0] != mat2.shape[0]:
-        raise Unsupported("not two batches of one size")
-    return _matrices(input, mat2)
+    return (input, mat2), read(_bmm, input, mat2)
 
 
 def _bind_matmul(input: Tensor, other: Tensor) -> tuple[Tensors, Params]:
-    admit_pair(input, other)
-    if input.dim() == 0 or other.dim() == 0:
-        raise Unsupported("0-dim operand")
-    if input.dim() == 1 != other.dim():
+    if isinstance(input, Tensor) and isinstance(other, Tensor) and input.dim() == 1 < other.dim():
         # A row times a matrix is the transposed matrix times a column.
         input, other = other.mT, input
-    if other.dim() == 1:
-        if input.shape[-1] != other.shape[0]:
-            raise Unsupported("inner sizes differ")
-        return (input, other), INNER
-    if not broadcasts(input.shape[:-2] or (1,), other.shape[:-2] or (1,)):
-        raise Unsupported("batches do not broadcast")
-    return _matrices(input, other)
+    return (input, other), read(_matmul, input, other)
 
 
 def _bind_rmatmul(self: Tensor, other: Tensor) -> tuple[Tensors, Params]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
-from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit
+from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit, admit_pair
 from ..layout import broadcasts
 from ..op import Bind, Tensors, Unsupported
 from ..runtime import DEVICE_TYPES
@@ -25,18 +25,18 @@ class Params(NamedTuple):
             there is none.
         consts: the op's parameters, ``alpha`` for instance.
         result: dtype that torch's promotion gives.
-        uniform: all inputs are tensors of the result's shape and dtype.
+        specs: () if all inputs are tensors of the result's shape and dtype, else None.
     """
 
     scalars: tuple[Number | None, ...]
     consts: tuple[Number, ...]
     result: torch.dtype
-    uniform: bool = False
+    specs: tuple[()] | None = None
 
 
 # The parameters of most calls, made once.
-_UNIFORM = {dtype: Params((), (), dtype, True) for dtype in FLOATING}
-_UNIFORM_SUM = {dtype: Params((), (1,), dtype, True) for dtype in FLOATING}
+_UNIFORM = {dtype: Params((), (), dtype, ()) for dtype in FLOATING}
+_UNIFORM_SUM = {dtype: Params((), (1,), dtype, ()) for dtype in FLOATING}
 
 
 def _promoted(*values: Any) -> torch.dtype:
@@ -127,9 +127,9 @@ def _binary(input: Any, other: Any, to_float: bool = False) -> tuple[Tensors, Pa
                 if dtype is other.dtype and input.shape == other.shape:
                     keys = key_set(input).raw_repr()
                     if (
-                        keys == key_set(other).raw_repr()
-                        and keys in PLAIN_KEY_SETS
-                        and input.device == other.device
+                        keys in PLAIN_KEY_SETS
+                        and keys == key_set(other).raw_repr()
+                        and input.get_device() == other.get_device()
                     ):
                         return (input, other), _UNIFORM[dtype]
             elif type(other) in (float, int) and is_number(other):
@@ -165,7 +165,7 @@ def bind_scaled(
     input: Tensor | Number, other: Tensor | Number, *, alpha: Number = 1
 ) -> tuple[Tensors, Params]:
     tensors, params = _binary(input, other)
-    if alpha == 1 and params.uniform and type(alpha) in (int, float):
+    if alpha == 1 and params.specs is not None and type(alpha) in (int, float):
         return tensors, _UNIFORM_SUM[params.result]
     if type(alpha) not in (int, float) or not is_number(alpha):
         raise Unsupported(f"alpha is a {type(alpha).__name__}")
@@ -193,8 +193,10 @@ def _refuse_bool(*operands: Any) -> None:
 
 
 def bind_sub(input: Tensor, other: Tensor | Number, *, alpha: Number = 1) -> tuple[Tensors, Params]:
-    _refuse_bool(input, other)
-    return bind_scaled_left(input, other, alpha=alpha)
+    tensors, params = bind_scaled_left(input, other, alpha=alpha)
+    if params.specs is None:
+        _refuse_bool(input, other)
+    return tensors, params
 
 
 def bind_rsub(
@@ -235,24 +237,23 @@ def bind_where(
 ) -> tuple[Tensors, Params]:
     if not isinstance(condition, Tensor) or condition.dtype is not torch.bool:
         raise Unsupported("condition is not a bool tensor")
-    admit(condition)
-    shape = condition.shape
     # mypy does not narrow by `type(...) in`, and isinstance() would let subclasses pass.
     x: Any = input
     y: Any = other
     if type(x) in PLAIN_TYPES and type(y) in PLAIN_TYPES:
         # Nothing to promote or broadcast, as in most calls.
-        dtype = x.dtype
+        dtype, shape = x.dtype, x.shape
         if (
             dtype is y.dtype
             and dtype in FLOATING
-            and x.shape == shape
-            and y.shape == shape
-            and x.device == y.device == condition.device
+            and shape == y.shape
+            and shape == condition.shape
+            and x.get_device() == y.get_device() == condition.get_device()
         ):
-            admit(x)
-            admit(y)
+            admit_pair(x, y)
+            admit(condition)
             return (condition, x, y), _UNIFORM[dtype]
+    admit(condition)
     names = ("condition", "input", "other")
     values = (condition, input, other)
     branches = [v for v in (input, other) if isinstance(v, Tensor)]

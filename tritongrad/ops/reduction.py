@@ -7,6 +7,7 @@ gradient of the result; it and ``out``, the result, are broadcast back along the
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL, Number
-from ..function import admit, apply, settle
+from ..function import admit, apply, settle, transforming
 from ..kernels import reduction as k
 from ..launchers.pointwise import elementwise
-from ..launchers.reduction import AMAX, AMIN, MEAN, SUM, Reduction, reduce
+from ..launchers.reduction import AMAX, AMIN, MEAN, SUM, Plan, Reduction, plan, reduce, run
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 
@@ -33,12 +34,35 @@ class Params(NamedTuple):
         keepdim: whether they stay, with size 1.
         result: dtype of the result, to which torch converts the input first.
         order: of a norm.
+        specs: of the tensor, and
+        plan: the launch for it; neither under a transform, where the kernel will meet another.
     """
 
     dims: tuple[int, ...]
     keepdim: bool
     result: torch.dtype
     order: float = 2.0
+    specs: tuple[Spec] | None = None
+    plan: Plan | None = None
+
+
+class Kind(NamedTuple):
+    """The reduction that a call is, with further arguments of its map and of its finish."""
+
+    reduction: Reduction
+    map_params: tuple[Number, ...] = ()
+    finish_params: tuple[Number, ...] = ()
+
+
+KindOf = Callable[[float, int], Kind]
+"""Which one, of the order and the number of elements that are reduced into one; raises Unsupported
+where torch has none."""
+
+
+def refuse_empty(count: int) -> None:
+    """An extremum of nothing is an error of torch's."""
+    if not count:
+        raise Unsupported("reduces an empty dimension")
 
 
 # ---------------------------------------------------------------------- reading torch's signatures
@@ -59,59 +83,102 @@ def _dims(rank: int, dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read(
-    input: Tensor, dim: Dim, keepdim: bool, dtype: torch.dtype | None, order: float = 2.0
+    input: Tensor,
+    dim: Dim,
+    keepdim: bool,
+    dtype: torch.dtype | None,
+    kind_of: KindOf,
+    order: float = 2.0,
 ) -> Params:
     """Params of a call, checked."""
     admit(input)
-    result = input.dtype if dtype is None else dtype
+    # Types first: to a cache, True is 1.
+    if type(dim) is not int and dim is not None:
+        if not isinstance(dim, (tuple, list)) or not all(type(d) is int for d in dim):
+            raise Unsupported(f"dim={dim!r}")
+        dim = tuple(dim)
+    if type(keepdim) is not bool:
+        raise Unsupported(f"keepdim is a {type(keepdim).__name__}")
+    if transforming():
+        return _params(kind_of, input.shape, input.dtype, dim, keepdim, dtype, order)[0]
+    return _params_and_plan(
+        kind_of, input.shape, input.stride(), input.dtype, input.get_device(),
+        dim, keepdim, dtype, order,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _params_and_plan(
+    kind_of: KindOf,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    own: torch.dtype,
+    device: int,
+    dim: Dim,
+    keepdim: bool,
+    dtype: torch.dtype | None,
+    order: float,
+) -> Params:
+    params, kind = _params(kind_of, shape, own, dim, keepdim, dtype, order)
+    reduction, before, after = kind
+    launch = plan(
+        reduction, (shape,), (strides,), params.dims, keepdim, params.result, device, before, after
+    )
+    return params._replace(specs=(Spec(shape, own),), plan=launch)
+
+
+def _params(
+    kind_of: KindOf,
+    shape: torch.Size,
+    own: torch.dtype,
+    dim: Dim,
+    keepdim: bool,
+    dtype: torch.dtype | None,
+    order: float,
+) -> tuple[Params, Kind]:
+    result = own if dtype is None else dtype
     if result not in FLOATING:
         if result in INTEGRAL:
             raise Unsupported("integer result")
         raise Unsupported(f"dtype {str(result).removeprefix('torch.')}")
-    if input.dtype not in FLOATING and input.dtype not in INTEGRAL:
-        raise Unsupported(f"dtype {str(input.dtype).removeprefix('torch.')}")
-    if type(keepdim) is not bool:
-        raise Unsupported(f"keepdim is a {type(keepdim).__name__}")
-    if dim is None:
-        dims: tuple[int, ...] = ()
-    elif type(dim) is int:
-        dims = (dim,)
-    elif isinstance(dim, (tuple, list)) and all(type(d) is int for d in dim):
-        dims = tuple(dim)
-    else:
-        raise Unsupported(f"dim={dim!r}")
-    return Params(_dims(input.dim(), dims), keepdim, result, order)
-
-
-def refuse_empty(input: Tensor, dims: tuple[int, ...]) -> None:
-    """An extremum of nothing is an error of torch's."""
-    shape = input.shape
-    if 0 in shape and any(shape[d] == 0 for d in dims):
-        raise Unsupported("reduces an empty dimension")
+    if own not in FLOATING and own not in INTEGRAL:
+        raise Unsupported(f"dtype {str(own).removeprefix('torch.')}")
+    dims: tuple[int, ...] = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    params = Params(_dims(len(shape), dims), keepdim, result, order)
+    return params, kind_of(order, count_of(shape, params.dims))
 
 
 # The default of an argument without which torch reads a call differently.
 _OMITTED: Any = object()
 
 
-def _bind_sum(
-    input: Tensor,
-    dim: Dim = _OMITTED,
-    keepdim: bool = _OMITTED,
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensors, Params]:
-    if dim is _OMITTED:
-        if keepdim is not _OMITTED:
-            raise Unsupported("keepdim without dim")
-        dim = None
-    return (input,), read(input, dim, keepdim is not _OMITTED and keepdim, dtype)
+def bind_total(kind_of: KindOf) -> Bind:
+    """The signature of sum and mean."""
+
+    def bind(
+        input: Tensor,
+        dim: Dim = _OMITTED,
+        keepdim: bool = _OMITTED,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensors, Params]:
+        if dim is _OMITTED:
+            if keepdim is not _OMITTED:
+                raise Unsupported("keepdim without dim")
+            dim = None
+        keep = keepdim is not _OMITTED and keepdim
+        return (input,), read(input, dim, keep, dtype, kind_of)
+
+    return bind
 
 
-def _bind_extremum(input: Tensor, dim: Dim = (), keepdim: bool = False) -> tuple[Tensors, Params]:
-    params = read(input, dim, keepdim, None)
-    refuse_empty(input, params.dims)
-    return (input,), params
+def bind_extremum(kind_of: KindOf) -> Bind:
+    """The signature of amax and amin."""
+
+    def bind(input: Tensor, dim: Dim = (), keepdim: bool = False) -> tuple[Tensors, Params]:
+        return (input,), read(input, dim, keepdim, None, kind_of)
+
+    return bind
 
 
 # ------------------------------------------------------------------------------- common to the ops
@@ -139,6 +206,13 @@ def count_of(shape: Sequence[int], dims: tuple[int, ...]) -> int:
     return math.prod([shape[d] for d in dims])
 
 
+def value_of(kind_of: KindOf, params: Params, x: Tensor) -> Tensor:
+    """The reduction of a tensor other than the one that a call was read for."""
+    dims, keepdim, result, order = params[:4]
+    kind, before, after = kind_of(order, count_of(x.shape, dims))
+    return reduce(kind, (x,), dims, keepdim, result, result, before, after)
+
+
 def _shifted(params: Params) -> Params:
     """``params`` for an input with one more dimension, in front."""
     return params._replace(dims=tuple([d + 1 for d in params.dims]))
@@ -154,7 +228,7 @@ def reduction(
     name: str,
     *targets: Callable[..., Any],
     bind: Bind,
-    forward: Callable[..., Tensor],
+    kind_of: KindOf,
     rule: Any,
     samples: Callable[[Make], Iterator[Sample]],
     variants: Mapping[Callable[..., Any], Bind] | None = None,
@@ -168,10 +242,16 @@ def reduction(
     """Make and register a reduction.
 
     Args:
+        bind: reads calls for the same ``kind_of``.
         rule: ``(params, spec, g, x, out) -> dx``, the derivative in torch mathematics.
         backward: the same with kernels; None where the rule needs none.
         jvp: ``(op, params, x, out, tangent) -> tangent of the result``.
     """
+
+    def forward(params: Params, x: Tensor) -> Tensor:
+        if params.plan is not None:
+            return run(params.plan, (x,), params.result)
+        return value_of(kind_of, params, x)
 
     def full_rule(
         params: Params, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors
@@ -192,6 +272,7 @@ def reduction(
         replaces=targets,
         variants=variants or {},
         saves=saves,
+        specs=operator.attrgetter("specs"),
         rule=full_rule,
         backward=None if backward is None else _backward_op(name, full_rule, backward),
         jvp=full_jvp,
@@ -284,17 +365,6 @@ def _mean_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Ten
     return _spread(params, spec, g / max(count_of(spec.shape, params.dims), 1))
 
 
-def _sum_forward(params: Params, x: Tensor) -> Tensor:
-    return reduce(SUM, (x,), params.dims, params.keepdim, params.result, params.result)
-
-
-def _mean_forward(params: Params, x: Tensor) -> Tensor:
-    dims, keepdim, result, _ = params
-    return reduce(
-        MEAN, (x,), dims, keepdim, result, result, finish_params=(count_of(x.shape, dims),)
-    )
-
-
 def _linear_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
     if not params.dims:
         return tangent.to(params.result)
@@ -356,9 +426,28 @@ def _extremum_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tenso
 # ------------------------------------------------------------------------------------------- TABLE
 
 T = Tensor
+
+
+def _sum(order: float, count: int) -> Kind:
+    return Kind(SUM)
+
+
+def _mean(order: float, count: int) -> Kind:
+    return Kind(MEAN, (), (count,))
+
+
+def _amax(order: float, count: int) -> Kind:
+    refuse_empty(count)
+    return Kind(AMAX)
+
+
+def _amin(order: float, count: int) -> Kind:
+    refuse_empty(count)
+    return Kind(AMIN)
+
+
 _linear: dict[str, Any] = {"jvp": _linear_jvp, "saves": _saves_nothing, "samples": _total_samples}
 _extremum: dict[str, Any] = {
-    "bind": _bind_extremum,
     "rule": _extremum_rule,
     "backward": _extremum_backward,
     "jvp": _extremum_jvp,
@@ -367,26 +456,14 @@ _extremum: dict[str, Any] = {
 }
 reduction(
     "sum", torch.sum, T.sum,
-    bind=_bind_sum, forward=_sum_forward, rule=_sum_rule, **_linear,
+    bind=bind_total(_sum), kind_of=_sum, rule=_sum_rule, **_linear,
     formula="dx = g",
     autocast={"cuda": "float32"},
 )  # fmt: skip
 reduction(
     "mean", torch.mean, T.mean,
-    bind=_bind_sum, forward=_mean_forward, rule=_mean_rule, **_linear,
+    bind=bind_total(_mean), kind_of=_mean, rule=_mean_rule, **_linear,
     formula="dx = g / n",
 )  # fmt: skip
-reduction(
-    "amax", torch.amax, T.amax,
-    forward=lambda params, x: reduce(
-        AMAX, (x,), params.dims, params.keepdim, params.result, params.result
-    ),
-    **_extremum,
-)  # fmt: skip
-reduction(
-    "amin", torch.amin, T.amin,
-    forward=lambda params, x: reduce(
-        AMIN, (x,), params.dims, params.keepdim, params.result, params.result
-    ),
-    **_extremum,
-)  # fmt: skip
+reduction("amax", torch.amax, T.amax, bind=bind_extremum(_amax), kind_of=_amax, **_extremum)
+reduction("amin", torch.amin, T.amin, bind=bind_extremum(_amin), kind_of=_amin, **_extremum)

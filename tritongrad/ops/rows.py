@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, Number, encode
+from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, Number, encode_all
 from ..function import apply, settle, vjp
 from ..kernels import pointwise as k
 from ..launchers.pointwise import NARROW, elementwise
@@ -98,7 +98,7 @@ def row(
     }
 
     def forward(params: Params, *tensors: Any) -> Tensor:
-        if params.uniform:
+        if params.specs is not None:
             # The common case, without elementwise()'s search for one: about 2 us less.
             first = tensors[-1]  # not a condition
             for t in tensors:
@@ -114,13 +114,12 @@ def row(
                     )
                     numbers = params.consts
                     if numbers:
-                        compute = COMPUTE_DTYPE[params.result]
-                        numbers = tuple([encode(v, compute) for v in numbers])
+                        numbers = encode_all(numbers, COMPUTE_DTYPE[params.result])
                     launch_prepared(
                         k.pointwise_dense,
                         (-(-n // k.DENSE_BLOCK),),
                         ((result,), tensors, (), numbers, n),
-                        first.device,
+                        result,
                         metas[params.result],
                     )
                     return result
@@ -194,7 +193,7 @@ def row(
         # A batched pointwise op is the op with one more dimension.
         rank = _logical_rank(tensors, dims)
         # An input that all samples share is smaller than the others now.
-        params = params._replace(uniform=arity == 1)
+        params = params._replace(specs=() if arity == 1 else None)
         return apply(op, params, _batch_all(tensors, dims, rank)), 0
 
     op = Op(
@@ -204,7 +203,7 @@ def row(
         replaces=targets,
         variants=variants or {},
         saves=saves,
-        uniform=operator.attrgetter("uniform"),
+        specs=operator.attrgetter("specs"),
         rule=rule if rules else None,
         backward=_backward_op(name, backward_function, inputs, for_number, rule, wants)
         if backward_function is not None

@@ -17,13 +17,13 @@ from torch import Tensor
 from ..dtypes import COMPUTE_DTYPE, FLOATING, Number, is_number
 from ..function import vjp
 from ..kernels import reduction as k
-from ..launchers.reduction import AMAX, AMIN, SUM, Reduction, reduce
+from ..launchers.reduction import AMAX, AMIN, SUM
 from ..op import Op, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
 from .reduction import (
     Dim,
+    Kind,
     Params,
-    count_of,
     exact_pointwise,
     hits_per_row,
     read,
@@ -32,6 +32,7 @@ from .reduction import (
     restored,
     standard_samples,
     total_of,
+    value_of,
 )
 
 # ---------------------------------------------------------------------- reading torch's signatures
@@ -47,14 +48,12 @@ def _bind_vector_norm(
 ) -> tuple[Tensors, Params]:
     if type(ord) not in (int, float) or not is_number(ord):
         raise Unsupported(f"order is a {type(ord).__name__}")
-    params = read(input, dim, keepdim, dtype, float(ord))
+    params = read(input, dim, keepdim, dtype, _kind_of, float(ord))
     if input.dtype is not params.result and (
         input.dtype not in FLOATING
         or torch.promote_types(input.dtype, params.result) is not params.result
     ):
         raise Unsupported("dtype would narrow the input")
-    if ord < 0 or ord == math.inf:
-        refuse_empty(input, params.dims)
     return (input,), params
 
 
@@ -111,26 +110,25 @@ def _bind_linalg_norm(
 # -------------------------------------------------------------------------- values and derivatives
 
 
+def _kind_of(p: float, count: int) -> Kind:
+    """The reduction that a norm of order ``p`` is."""
+    if p < 0 or p == math.inf:
+        refuse_empty(count)
+    # The norm of a single element is its absolute value, exactly.
+    return _kind(1.0 if count == 1 and p != 0 else p)
+
+
 @lru_cache(maxsize=64)
-def _kind(p: float) -> tuple[Reduction, tuple[float, ...], tuple[float, ...]]:
-    """The reduction that a norm of order ``p`` is, with its parameters."""
+def _kind(p: float) -> Kind:
     if p == 0:
-        return SUM.but(map=k.nonzero), (), ()
+        return Kind(SUM.but(map=k.nonzero))
     if p == 1:
-        return SUM.but(map=k.absolute), (), ()
+        return Kind(SUM.but(map=k.absolute))
     if p == 2:
-        return SUM.but(map=k.square, finish=k.root), (), ()
+        return Kind(SUM.but(map=k.square, finish=k.root))
     if math.isinf(p):
-        return (AMAX if p > 0 else AMIN).but(map=k.absolute), (), ()
-    return SUM.but(map=k.absolute_power, finish=k.power), (p,), (1 / p,)
-
-
-def _forward(params: Params, x: Tensor) -> Tensor:
-    dims, keepdim, result, p = params
-    if p != 0 and count_of(x.shape, dims) == 1:
-        p = 1.0  # the norm of a single element is its absolute value, exactly
-    kind, map_params, finish_params = _kind(p)
-    return reduce(kind, (x,), dims, keepdim, result, result, map_params, finish_params)
+        return Kind((AMAX if p > 0 else AMIN).but(map=k.absolute))
+    return Kind(SUM.but(map=k.absolute_power, finish=k.power), (p,), (1 / p,))
 
 
 def _rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
@@ -181,7 +179,7 @@ def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> 
     compute = COMPUTE_DTYPE[params.result]
     if compute is not params.result:
         # out ** (p - 1) would multiply the rounding of a half precision result by p - 1.
-        out = _forward(params._replace(keepdim=True, result=compute), x)
+        out = value_of(_kind_of, params._replace(keepdim=True, result=compute), x)
     scale = exact_pointwise(k.norm_scale, (g, out), compute, compute, (p,))
     return exact_pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
 
@@ -218,7 +216,7 @@ def _samples(make: Make) -> Iterator[Sample]:
 
 T = Tensor
 _norm: dict[str, Any] = {
-    "forward": _forward,
+    "kind_of": _kind_of,
     "rule": _rule,
     "backward": _backward,
     "jvp": _jvp,
