@@ -29,22 +29,48 @@ class Tile(NamedTuple):
 # (m + n) / (m n) elements for each product, so large square tiles read least. What bounds them is
 # registers (the accumulator takes m n / (32 warps) of 255 a thread) and shared memory (as many
 # copies of k (m + n) elements as stages; sm_90 has 227 KiB, gfx942 64). None spills on sm_80 or
-# later.
+# later, nor on gfx942: `compare static` is the judge.
 _HALF = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 64, 64, 4, 4),
-    Tile(32, 64, 64, 4, 4),
-    Tile(64, 32, 64, 4, 4),
+    Tile(32, 64, 32, 4, 4),
+    Tile(64, 32, 64, 4, 3),
     Tile(16, 64, 128, 4, 3),
     Tile(64, 16, 128, 4, 3),
     Tile(16, 32, 128, 4, 4),
     Tile(32, 16, 128, 4, 4),
     Tile(16, 16, 128, 4, 4),
 )
-# Reads a quarter less, and keeps Hopper's tensor cores busier. Before Hopper it spills, as it does
-# anywhere without aligned rows, where each element has an address of its own.
+# Reads a quarter less, and keeps Hopper's tensor cores busier. Before Hopper it spills.
 _HALF_HOPPER = Tile(128, 256, 64, 8, 3)
-_SINGLE_SMALL = (
+# Without aligned rows each element has an address of its own, for which depth costs registers.
+_HALF_UNALIGNED = (
+    Tile(128, 64, 32, 8, 3),
+    Tile(64, 64, 32, 4, 3),
+    Tile(32, 64, 32, 4, 3),
+    Tile(64, 32, 32, 4, 3),
+    Tile(16, 64, 32, 4, 3),
+    Tile(64, 16, 32, 4, 3),
+    Tile(16, 32, 64, 4, 3),
+    Tile(32, 16, 64, 4, 3),
+    Tile(16, 16, 64, 4, 3),
+)
+# IEEE float32 has no tensor core: its products are ordinary arithmetic on registers, of which a
+# deep tile would take too many.
+_SINGLE = (
+    Tile(128, 128, 16, 8, 3),
+    Tile(64, 128, 16, 8, 3),
+    Tile(32, 64, 16, 4, 3),
+    Tile(64, 32, 16, 4, 3),
+    Tile(16, 64, 32, 4, 3),
+    Tile(64, 16, 32, 4, 3),
+    Tile(16, 32, 32, 4, 3),
+    Tile(32, 16, 32, 4, 3),
+    Tile(16, 16, 32, 4, 3),
+)
+# TF32, like half precision, wants depth, and aligned rows.
+_SINGLE_TF32 = (
+    Tile(128, 128, 32, 8, 3),
     Tile(64, 64, 32, 4, 3),
     Tile(32, 64, 32, 4, 3),
     Tile(64, 32, 32, 4, 3),
@@ -54,10 +80,6 @@ _SINGLE_SMALL = (
     Tile(32, 16, 64, 4, 3),
     Tile(16, 16, 64, 4, 3),
 )
-# IEEE float32 has no tensor core: its products are ordinary arithmetic on registers, of which a
-# deeper tile would take too many. TF32, like half precision, wants depth, and aligned rows.
-_SINGLE = (Tile(128, 128, 16, 8, 3), *_SINGLE_SMALL)
-_SINGLE_TF32 = Tile(128, 128, 32, 8, 3)
 _DOUBLE = (
     Tile(128, 64, 16, 8, 3),
     Tile(64, 64, 16, 4, 3),
@@ -87,10 +109,10 @@ def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...
     if dtype is torch.float64:
         return _DOUBLE
     if dtype is torch.float32:
-        if precision == "ieee":
-            return _SINGLE
-        return (_SINGLE_TF32, *_SINGLE_SMALL) if aligned else _SINGLE_SMALL
-    return (_HALF_HOPPER, *_HALF) if _HAS_WGMMA and aligned else _HALF
+        return _SINGLE if precision == "ieee" or not aligned else _SINGLE_TF32
+    if not aligned:
+        return _HALF_UNALIGNED
+    return (_HALF_HOPPER, *_HALF) if _HAS_WGMMA else _HALF
 
 
 def _tile(dtype: torch.dtype, precision: str, aligned: bool, sizes: tuple[int, int, int]) -> Tile:
