@@ -365,8 +365,8 @@ def test_what_we_do_not_take_is_torchs(case: str) -> None:
 
 def test_tile_table() -> None:
     """Tiles go from large to small, the last fits any shape, and big products get the big ones."""
-    tables = [launcher._HALF, launcher._SINGLE, launcher._DOUBLE, launcher._SINGLE_SMALL]
-    for table in tables:
+    halves = [launcher._HALF, launcher._HALF_UNALIGNED]
+    for table in [*halves, launcher._SINGLE, launcher._SINGLE_TF32, launcher._DOUBLE]:
         areas = [tile.m * tile.n for tile in table]
         assert areas == sorted(areas, reverse=True)
         assert (table[-1].m, table[-1].n) == (16, 16)
