@@ -2,18 +2,20 @@
 
 out[k] = FINISH(COMBINE over r of MAP(x[k, r], y[k, r], ...)), where k numbers the elements of the
 dimensions that are kept and r those of the reduced ones: a sum has MAP(x) = x, a dot product x * y,
-the p-norm |x| ** p.
+the p-norm |x| ** p. What is combined is a tuple: a maximum and its index, a mean with the squared
+distances from it; and FINISH may have several results.
 
 One kernel carries them all. A program owns a tile of kept by reduced elements, walks it along the
 reduced dimensions, accumulates element by element in float32 or float64, and folds the tile into
 its column of results once, at the end. Where there are few kept elements and many reduced ones,
-several programs share a row: each stores its part (FINISH is `keep`), and the kernel reduces those
-parts in a second launch. There are no atomics, so results are the same every time.
+several programs share a row: each stores its part (no FINISH), and the kernel reduces those parts
+in a second launch (no MAP). There are no atomics, so results are the same every time.
 """
 
 import triton
 import triton.language as tl
 
+from . import collective
 from . import math as m
 from .pointwise import numbers
 
@@ -44,33 +46,41 @@ def locate(index, shape, strides):
 
 @triton.jit
 def mapped(
-    pointers, offsets, mask, params,
+    pointers, offsets, index, mask, params,
     MAP: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """MAP of a tile of the operands, each first converted to the result's type, as torch does."""
     values = ()
     for i in tl.static_range(len(pointers)):
         block = tl.load(pointers[i] + offsets[i], mask=mask)
-        values = values + (block.to(RESULT).to(COMPUTE),)
-    return MAP(*values, *params)
+        if MAP is None:
+            values = values + (block,)
+        else:
+            values = values + (block.to(RESULT).to(COMPUTE),)
+    if MAP is None:
+        return values
+    else:
+        return MAP(*values, *index, *params)
 
 
 @triton.jit
 def reduce(
-    out, ins, map_params, finish_params,
+    outs, ins, map_params, finish_params,
     kept_shape, out_strides, kept_strides, reduced_shape, reduced_strides,
     rows, length, steps, span,
-    MAP: tl.constexpr, COMBINE: tl.constexpr, FOLD: tl.constexpr, FINISH: tl.constexpr,
-    IDENTITY: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+    MAP: tl.constexpr, COMBINE: tl.constexpr, FINISH: tl.constexpr,
+    IDENTITY: tl.constexpr, INDEXED: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
     RUNS: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Shapes and strides are innermost first; `kept_strides` and `reduced_strides` have one tuple
-    for each operand.
+    for each operand. If INDEXED, `reduced_strides` has one more, by which a reduced element finds
+    its place in the order that torch counts in; MAP receives it as its last operand, and the last
+    accumulator is one of such indices.
 
     `rows` kept elements; `length` reduced ones in a run (RUNS: the innermost reduced dimension, the
     others numbering the runs; otherwise all of them), `steps` tiles along all runs, `span` of them
-    for each program. Part s of the result, where there are several, lies `s * rows` further on.
+    for each program. Part s of the results, where there are several, lies `s * rows` further on.
     """
     program = tl.program_id(0)
     if WIDE:
@@ -84,7 +94,13 @@ def reduce(
         pointers = pointers + (ins[i] + locate(row, kept_shape, kept_strides[i])[:, None],)
     params = numbers(map_params, COMPUTE)
 
-    total = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), IDENTITY, COMPUTE)
+    identity = ()
+    for i in tl.static_range(len(IDENTITY)):
+        if INDEXED and i == len(IDENTITY) - 1:
+            identity = identity + (tl.full((BLOCK_ROWS, BLOCK_COLUMNS), IDENTITY[i], tl.int64),)
+        else:
+            identity = identity + (tl.full((BLOCK_ROWS, BLOCK_COLUMNS), IDENTITY[i], COMPUTE),)
+    total = identity
     run_steps = tl.cdiv(length, BLOCK_COLUMNS)
     for step in range(part * span, tl.minimum(part * span + span, steps)):
         if RUNS and len(reduced_shape) > 1:
@@ -95,7 +111,7 @@ def reduce(
         # 64 bits if WIDE; the interpreter's loop variable has no type of its own to see to that.
         column = (start + tl.arange(0, BLOCK_COLUMNS)).to(program.dtype)
         offsets = ()
-        for i in tl.static_range(len(ins)):
+        for i in tl.static_range(len(reduced_strides)):
             if RUNS:
                 offset = column * reduced_strides[i][0]
                 if len(reduced_shape) > 1:
@@ -103,97 +119,185 @@ def reduce(
             else:
                 offset = locate(column, reduced_shape, reduced_strides[i])
             offsets = offsets + (offset[None, :],)
+        index = ()
+        if INDEXED and MAP is not None:
+            index = (offsets[len(ins)].to(tl.int64),)
         # A column mask whose bound is not a multiple of 16 would cost the vector loads, so only the
         # last tile of a run has one.
         if start + BLOCK_COLUMNS <= length:
-            value = mapped(pointers, offsets, row_mask, params, MAP, RESULT, COMPUTE)
+            value = mapped(pointers, offsets, index, row_mask, params, MAP, RESULT, COMPUTE)
         else:
             column_mask = (column < length)[None, :]
             mask = row_mask & column_mask
-            value = mapped(pointers, offsets, mask, params, MAP, RESULT, COMPUTE)
-            value = tl.where(column_mask, value, IDENTITY)
-        total = COMBINE(total, value)
+            loaded = mapped(pointers, offsets, index, mask, params, MAP, RESULT, COMPUTE)
+            value = ()
+            for i in tl.static_range(len(IDENTITY)):
+                value = value + (tl.where(column_mask, loaded[i], identity[i]),)
+        total = COMBINE(*total, *value)
 
-    result = FINISH(FOLD(total), *numbers(finish_params, COMPUTE))
+    results = collective.fold(total, COMBINE)
+    if FINISH is not None:
+        results = FINISH(*results, *numbers(finish_params, COMPUTE))
     offset = part * rows + locate(row, kept_shape, out_strides)
-    tl.store(out + offset, result.to(out.dtype.element_ty), mask=row < rows)
+    for i in tl.static_range(len(outs)):
+        if outs[i] is not None:
+            result = results[i].to(outs[i].dtype.element_ty)
+            tl.store(outs[i] + offset, result, mask=row < rows)
 
 
-# COMBINE of two tiles, and FOLD of a tile into one value for each of its rows.
+# COMBINE of two tuples of accumulators.
 
 
 @triton.jit
 def add(x, y):
-    return x + y
+    return (x + y,)
 
 
 @triton.jit
-def fold_add(x):
-    return tl.sum(x, 1)
+def multiply(x, y):
+    return (x * y,)
 
 
 @triton.jit
 def maximum(x, y):
-    return tl.where(m.is_nan(x) | (x > y), x, y)
-
-
-@triton.jit
-def fold_maximum(x):
-    return with_nan(tl.max(tl.where(m.is_nan(x), float("-inf"), x), 1), x)
+    return (tl.where(m.is_nan(x) | (x > y), x, y),)
 
 
 @triton.jit
 def minimum(x, y):
-    return tl.where(m.is_nan(x) | (x < y), x, y)
+    return (tl.where(m.is_nan(x) | (x < y), x, y),)
 
 
 @triton.jit
-def fold_minimum(x):
-    return with_nan(tl.min(tl.where(m.is_nan(x), float("inf"), x), 1), x)
+def multiply_and_count(product1, count1, product2, count2):
+    return product1 * product2, count1 + count2
 
 
 @triton.jit
-def with_nan(result, x):
-    """NaN for the rows that contain one: tl.max and tl.min pass over them."""
-    return tl.where(tl.max(m.is_nan(x).to(tl.int32), 1) > 0, float("nan"), result)
+def add_and_count(total1, count1, total2, count2):
+    return total1 + total2, count1 + count2
+
+
+@triton.jit
+def merge_moments(n1, mean1, square1, n2, mean2, square2):
+    """Chan, Golub and LeVeque's: nothing cancels, and equal means have no distance."""
+    n = n1 + n2
+    # The approximate division: where its error matters, `distance` is small.
+    weight = tl.where(n1 == 0, 1.0, n2 / n).to(mean1.dtype)
+    distance = mean2 - mean1
+    return n, mean1 + distance * weight, square1 + square2 + distance * distance * n1 * weight
+
+
+@triton.jit
+def add_exponentials(top1, total1, top2, total2):
+    """Sums of exp(x - top): one exponential, because that of the larger top is 1."""
+    below = top1 < top2
+    # Equal ones may be infinities, whose difference is NaN.
+    gap = tl.where(top1 == top2, 0.0, -tl.abs(top1 - top2)).to(top1.dtype)
+    scale = m.exp(gap)
+    total = tl.where(below, total1 * scale + total2, total1 + total2 * scale)
+    return tl.where(m.is_nan(top1) | (top1 > top2), top1, top2), total
+
+
+@triton.jit
+def first_maximum(x, i, y, j):
+    """The larger with its index; NaN is the largest, of equals the first."""
+    same = (x == y) | (m.is_nan(x) & m.is_nan(y))
+    first = (x > y) | (m.is_nan(x) & (y == y)) | (same & (i < j))
+    return tl.where(first, x, y), tl.where(first, i, j)
+
+
+@triton.jit
+def first_minimum(x, i, y, j):
+    same = (x == y) | (m.is_nan(x) & m.is_nan(y))
+    first = (x < y) | (m.is_nan(x) & (y == y)) | (same & (i < j))
+    return tl.where(first, x, y), tl.where(first, i, j)
 
 
 # MAP
 
 
 @triton.jit
+def one(x):
+    return tl.full(x.shape, 1.0, x.dtype)
+
+
+@triton.jit
+def moments(x):
+    return one(x), x, tl.zeros_like(x)
+
+
+@triton.jit
+def exponential(x):
+    return x, one(x)
+
+
+@triton.jit
+def indexed(x, index):
+    return x, tl.broadcast_to(index, x.shape)
+
+
+@triton.jit
+def numeric(x):
+    """What is not NaN, and whether it is not."""
+    return tl.where(m.is_nan(x), 0, x), tl.where(m.is_nan(x), 0, one(x))
+
+
+@triton.jit
+def numeric_value(x):
+    return (tl.where(m.is_nan(x), 0, x),)
+
+
+@triton.jit
+def is_number(x):
+    return (tl.where(m.is_nan(x), 0, one(x)),)
+
+
+@triton.jit
+def nonzero_factor(x):
+    """What is not zero, and whether it is."""
+    return tl.where(x == 0, one(x), x), tl.where(x == 0, one(x), 0)
+
+
+@triton.jit
 def keep(x):
-    return x
+    return (x,)
 
 
 @triton.jit
 def product(x, y):
-    return x * y
+    return (x * y,)
 
 
 @triton.jit
 def absolute(x):
-    return tl.abs(x)
+    return (tl.abs(x),)
 
 
 @triton.jit
 def square(x):
-    return x * x
+    return (x * x,)
 
 
 @triton.jit
 def nonzero(x):
-    return tl.where(x == 0, 0.0, 1.0).to(x.dtype)
+    return (tl.where(x == 0, 0.0, 1.0).to(x.dtype),)
 
 
 @triton.jit
 def absolute_power(x, p):
-    return m.pow(tl.abs(x), p)
+    return (m.pow(tl.abs(x), p),)
 
 
 @triton.jit
 def hit(x, out):
-    return tl.where(x == out, 1.0, 0.0).to(x.dtype)
+    return (tl.where(x == out, 1.0, 0.0).to(x.dtype),)
+
+
+@triton.jit
+def same(x, out):
+    """`hit`, with NaN equal to itself."""
+    return (tl.where((x == out) | (m.is_nan(x) & m.is_nan(out)), 1.0, 0.0).to(x.dtype),)
 
 
 @triton.jit
@@ -206,17 +310,38 @@ def absolute_hit(x, out):
 
 @triton.jit
 def divide(total, count):
-    return m.div(total, count)
+    return (m.div(total, count),)
 
 
 @triton.jit
 def root(total):
-    return m.sqrt(total)
+    return (m.sqrt(total),)
 
 
 @triton.jit
 def power(total, exponent):
-    return m.pow(total, tl.broadcast_to(exponent, total.shape))
+    return (m.pow(total, tl.broadcast_to(exponent, total.shape)),)
+
+
+@triton.jit
+def ratio(total, count):
+    return (m.div(total, count),)
+
+
+@triton.jit
+def variance(n, mean, square, freedom):
+    # The mean of nothing is NaN.
+    return m.div(square, freedom), tl.where(n == 0, float("nan"), mean)
+
+
+@triton.jit
+def deviation(n, mean, square, freedom):
+    return m.sqrt(m.div(square, freedom)), tl.where(n == 0, float("nan"), mean)
+
+
+@triton.jit
+def logarithm(top, total):
+    return (top + m.log(total),)
 
 
 # Backward: pointwise functions of `g`, the gradient of the result, and `out`, the result, both
@@ -226,7 +351,44 @@ def power(total, exponent):
 @triton.jit
 def extremum_bwd(g, x, out, count):
     # A product, not a selection: where `count` is 0 (NaN) the gradient is NaN, as torch's is.
-    return (m.div(g, count) * hit(x, out),)
+    return (m.div(g, count) * hit(x, out)[0],)
+
+
+@triton.jit
+def evenly_bwd(g, x, out, count):
+    return (tl.where(same(x, out)[0] > 0, m.div(g, count), 0),)
+
+
+@triton.jit
+def chosen_bwd(g, index, place):
+    return (tl.where(index == place, g, 0),)
+
+
+@triton.jit
+def nansum_bwd(g, x):
+    return (g * is_number(x)[0],)
+
+
+@triton.jit
+def nanmean_bwd(g, x, count):
+    return (m.div(g, count) * is_number(x)[0],)
+
+
+@triton.jit
+def logsumexp_bwd(g, x, out):
+    return (g * m.exp(x - out),)
+
+
+@triton.jit
+def variance_bwd(g, h, x, mean, scale, count):
+    """`g` of the variance, `h` of the mean."""
+    return (g * (scale * (x - mean)) + m.div(h, tl.broadcast_to(count, h.shape)),)
+
+
+@triton.jit
+def deviation_bwd(g, h, x, mean, out, scale, count):
+    slope = tl.where(out == 0, 0, m.div(g, 2 * out))
+    return variance_bwd(slope, h, x, mean, scale, count)
 
 
 @triton.jit
@@ -242,7 +404,7 @@ def norm_2_bwd(g, x, out):
 @triton.jit
 def norm_inf_bwd(g, x, out, count):
     share = m.div(g, tl.where(m.is_nan(out), 1, count))
-    return (m.sign(x) * (share * absolute_hit(x, out)),)
+    return (m.sign(x) * (share * absolute_hit(x, out)[0]),)
 
 
 @triton.jit

@@ -49,7 +49,8 @@ def one_of_each(names: list[str]) -> tuple[Callable[..., list[Tensor]], list[Ten
         results = []
         for name, sample in zip(names, samples, strict=True):
             args = [next(values) if isinstance(a, Tensor) else a for a in sample.args]
-            results.append(OPS[name].replaces[0](*args, **sample.kwargs))
+            result = OPS[name].replaces[0](*args, **sample.kwargs)
+            results += [result] if isinstance(result, Tensor) else list(result)
         return results
 
     return function, leaves

@@ -35,6 +35,9 @@ from tritongrad.sampling import Sample
 
 EXPECTED_FALLBACKS = {
     "matrix norm": "torch.norm and torch.linalg.norm are vector norms too, and only those are ours",
+    "no degrees of freedom, of which torch warns": (
+        "the warning is torch's, as are the slopes, which depend on how dim was spelled"
+    ),
 }
 """Reason with which a sample may run on torch -> why that is right."""
 
@@ -129,6 +132,7 @@ def spellings(info: OpInfo) -> Iterator[tuple[str, Callable[..., Any]]]:
             yield f"method alias {alias.name}", alias.method_variant
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0:UserWarning")
 @pytest.mark.parametrize(("name", "entry"), ENTRIES)
 def test_every_spelling_runs_on_triton(name: str, entry: str) -> None:
     op, info = OPS[name], INFOS[entry]
@@ -174,6 +178,8 @@ def test_in_place_stays_with_torch(name: str, entry: str) -> None:
 def test_refuses_what_torch_refuses(name: str, entry: str) -> None:
     """HAZARDS 28: torch's exception, and torch's message after what came for each argument."""
     info = INFOS[entry]
+    # Another overload of the torch function may be another op.
+    takers = [op.name for op in OPS.values() if info.op in (*op.replaces, *op.variants)]
     for refused in info.error_inputs(DEVICE.type):
         sample = refused.sample_input
         call = partial(info.op, sample.input, *sample.args, **sample.kwargs)
@@ -188,4 +194,4 @@ def test_refuses_what_torch_refuses(name: str, entry: str) -> None:
         assert not session.ran[name]
         # Arguments that fit no overload are refused by torch's parser, before any mode is asked.
         if session.fell_back:
-            assert str(caught.value).startswith(f"{name}("), caught.value
+            assert str(caught.value).partition("(")[0] in takers, caught.value

@@ -21,7 +21,18 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from . import library, runtime
-from .op import TARGETS, BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported
+from .op import (
+    OVERLOADS,
+    TARGETS,
+    BackwardParams,
+    Bind,
+    Needs,
+    Op,
+    OtherOverload,
+    Spec,
+    Tensors,
+    Unsupported,
+)
 from .runtime import local
 
 Function = Callable[..., Any]
@@ -140,13 +151,33 @@ def dispatch(
         if op.autocast and _any_autocast():
             args, kwargs = autocast(op, args, kwargs)
         tensors, params = bind(*args, **kwargs)
+    except OtherOverload:
+        return other_overload(op, bind, func, args, kwargs, session)
     except Unsupported as reason:
         return fall_back(op, bind, func, args, kwargs, str(reason), session)
     except TypeError:
-        return fall_back(op, bind, func, args, kwargs, "arguments of another overload", session)
+        return other_overload(op, bind, func, args, kwargs, session)
     if session is not None:
         session._count_run(op.name)
-    return apply(op, params, tensors)
+    result = apply(op, params, tensors)
+    return result if op.returns is None else op.returns(result)
+
+
+def other_overload(
+    op: Op,
+    bind: Bind,
+    func: Function,
+    args: tuple,
+    kwargs: dict[str, Any],
+    session: runtime.Session | None,
+) -> Any:
+    """Run a call that ``bind`` cannot read as the next overload of ``func``, else on torch."""
+    following = OVERLOADS.get((func, bind))
+    while following is not None and session is not None and not session.takes(following[0].name):
+        following = OVERLOADS.get((func, following[1]))
+    if following is None:
+        return fall_back(op, bind, func, args, kwargs, str(OtherOverload()), session)
+    return dispatch(*following, func, args, kwargs, session)
 
 
 def fall_back(
@@ -311,8 +342,11 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Function]:
             ctx.save_for_backward(*[everything[i] for i in kept])
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors, *outputs)
-        if output is outputs and len(outputs) > public:
-            ctx.mark_non_differentiable(*outputs[public:])
+        if output is outputs:
+            # An index beside a value has no derivative either.
+            integers = [out for out in outputs[:public] if not out.is_floating_point()]
+            if integers or len(outputs) > public:
+                ctx.mark_non_differentiable(*integers, *outputs[public:])
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         record(ctx, inputs[0], inputs[1:], output)

@@ -44,6 +44,14 @@ class Unsupported(Exception):
     """Raised by ``Op.bind`` for a call that torch must run; the message is the reason."""
 
 
+class OtherOverload(Unsupported):
+    """Raised by ``Op.bind`` for a call of another overload of a torch callable, ``torch.max(x, y)``
+    for one: the next ``bind`` of the callable is asked, of this op or of one that shares it."""
+
+    def __init__(self) -> None:
+        super().__init__("arguments of another overload")
+
+
 class Spec(NamedTuple):
     """Shape and dtype of an input: what its gradient must look like."""
 
@@ -77,8 +85,13 @@ class Op:
             The first is the reference that parity is measured against.
         variants: further torch callables, each with a ``bind`` of its own, because their
             signature differs (reflected operators, ``Tensor.where``, ``torch.norm``).
-        outputs: number of public outputs; whatever ``forward`` returns beyond them is kept for
-            ``backward`` only.
+        overloads: further signatures of all in ``replaces``, tried in this order where ``bind``
+            does not fit.
+        shares: those that it shares with other ops, which take other overloads of them.
+        outputs: number of public outputs, of which those that are not floating-point have no
+            derivative; whatever ``forward`` returns beyond them is kept for ``backward`` only.
+        returns: what torch makes of several public outputs (``torch.return_types.max``), from a
+            tuple of them. None: the tuple.
         saves: ``(params, needs) -> indices`` into ``(*tensors, *outputs)``: what backward needs.
             None: the tensors.
         specs: ``params -> Specs of the tensors``, where ``params`` know them; ``()`` if every
@@ -115,7 +128,10 @@ class Op:
     forward: Callable[..., Any]
     replaces: tuple[Callable[..., Any], ...] = ()
     variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
+    overloads: tuple[Bind, ...] = ()
+    shares: tuple[Callable[..., Any], ...] = ()
     outputs: int = 1
+    returns: Callable[[tuple[Any, ...]], Any] | None = None
     saves: Callable[[Any, Needs], Sequence[int]] | None = None
     specs: Callable[[Any], tuple[Spec | None, ...] | None] | None = None
     rule: Rule | None = None
@@ -191,6 +207,9 @@ OPS: dict[str, Op] = {}
 TARGETS: dict[Callable[..., Any], tuple[Op, Bind]] = {}
 """torch callable -> the op that takes its calls, and how its arguments are read."""
 
+OVERLOADS: dict[tuple[Callable[..., Any], Bind], tuple[Op, Bind]] = {}
+"""torch callable and the reading of one of its overloads -> the op and reading to try next."""
+
 
 def register(op: Op) -> Op:
     """Enter ``op`` into OPS and TARGETS. Returns it.
@@ -202,10 +221,18 @@ def register(op: Op) -> Op:
         raise ValueError(f"an op named {op.name!r} is registered already")
     binds = dict.fromkeys(op.replaces, op.bind) | dict(op.variants)
     for target in binds:
-        if target in TARGETS:
+        if target in TARGETS and target not in op.shares:
             raise ValueError(f"{target} is taken by op {TARGETS[target][0].name!r}")
     OPS[op.name] = op
-    TARGETS.update({target: (op, bind) for target, bind in binds.items() if bind is not None})
+    further = [(target, bind) for target in op.replaces for bind in op.overloads]
+    for target, bind in (*binds.items(), *further):
+        if bind is None:
+            continue
+        _, last = TARGETS.setdefault(target, (op, bind))
+        while (target, last) in OVERLOADS:
+            _, last = OVERLOADS[target, last]
+        if last is not bind:
+            OVERLOADS[target, last] = op, bind
     # Made now: what compiled code calls must not be made while it is being traced.
     _ = op.entry
     if op.schema is not None:

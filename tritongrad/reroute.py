@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import library
-from .function import dispatch, torch_name
-from .op import OPS, TARGETS, Op, select
+from .function import dispatch, other_overload, torch_name
+from .op import OPS, OVERLOADS, TARGETS, Op, select
 from .runtime import Session, local
 
 MOVES = "moves data, no arithmetic"
@@ -117,6 +117,8 @@ class _Rerouting(TorchFunctionMode):
             op, bind = target
             if takes(self.names, op):
                 return dispatch(op, bind, func, args, kwargs, self.session)
+            if (func, bind) in OVERLOADS:
+                return other_overload(op, bind, func, args, kwargs, self.session)
             self.session._count_fall_back(torch_name(func), "left out by use()")
             return func(*args, **kwargs)
         finally:
@@ -201,7 +203,7 @@ class use(ContextDecorator):
             mode.__enter__()
             self._traced.append(mode)
             return _UNCOUNTED
-        session = Session(local.session)
+        session = Session(local.session, self._names)
         mode = _Rerouting(session, self._names)
         mode.__enter__()
         self._open.setdefault(threading.get_ident(), []).append((mode, local.session))

@@ -70,17 +70,23 @@ class Session:
     Attributes:
         ran: op name -> calls that ran on our kernels.
         fell_back: (torch name, reason) -> calls that torch ran.
+        names: names of the ops that it was asked to use, None for all.
         launches: Triton kernels launched on behalf of the session, those of the backward passes of
             its calls included, even when they run after the session was closed.
     """
 
-    def __init__(self, parent: Session | None = None) -> None:
+    def __init__(self, parent: Session | None = None, names: frozenset[str] | None = None) -> None:
+        self.names = names
         self.ran: Counter[str] = Counter()
         self.fell_back: Counter[tuple[str, str]] = Counter()
         self.launches = 0
         self._parent = parent
         # Autograd runs the backward passes of different devices on threads of its own.
         self._lock = threading.Lock()
+
+    def takes(self, name: str) -> bool:
+        """Whether it was asked to use the op of this name."""
+        return self.names is None or name in self.names
 
     def _count_launch(self) -> None:
         with self._lock:

@@ -40,17 +40,19 @@ class Reduction:
     Compared by identity, so that it is cheap to look up by: make each once.
 
     Attributes:
-        map: each operand's element to what is combined.
-        combine, fold: of two tiles, and of a tile into its rows' results.
+        map: each operand's element to what is combined, a tuple; None: the elements are that.
+        combine: of two such tuples.
         identity: of ``combine``, in place of what is past the end.
-        finish: the combined value to the result.
+        finish: what was combined to the results; None: it is them.
+        indexed: whether ``map`` receives each element's place among those that are reduced
+            together, and the last of what is combined is one.
     """
 
     map: Any
     combine: Any
-    fold: Any
-    identity: float
-    finish: Any = k.keep
+    identity: tuple[float, ...]
+    finish: Any = None
+    indexed: bool = False
 
     def but(self, **changes: Any) -> Reduction:
         """It with some functions changed."""
@@ -59,19 +61,19 @@ class Reduction:
     @cached_property
     def partial(self) -> Reduction:
         """It as the first of two launches does it: the results are parts, not finished."""
-        return self.but(finish=k.keep)
+        return self.but(finish=None)
 
     @cached_property
     def total(self) -> Reduction:
         """It as the second launch does it: the elements are parts, mapped already."""
-        return self.but(map=k.keep)
+        return self.but(map=None)
 
 
-SUM = Reduction(k.keep, k.add, k.fold_add, 0.0)
+SUM = Reduction(k.keep, k.add, (0.0,))
 MEAN = SUM.but(finish=k.divide)
-PRODUCT = Reduction(k.product, k.add, k.fold_add, 0.0)
-AMAX = Reduction(k.keep, k.maximum, k.fold_maximum, -math.inf)
-AMIN = Reduction(k.keep, k.minimum, k.fold_minimum, math.inf)
+PRODUCT = Reduction(k.product, k.add, (0.0,))
+AMAX = Reduction(k.keep, k.maximum, (-math.inf,))
+AMIN = Reduction(k.keep, k.minimum, (math.inf,))
 
 
 class Plan(NamedTuple):
@@ -84,7 +86,7 @@ class Plan(NamedTuple):
         grid: of the launch.
         parts: programs that share a row.
         meta: the kernel's constexprs.
-        compute: dtype of the parts.
+        accumulators: dtypes of the parts.
         numbers: the further arguments of the reduction's map and finish, encoded.
         second: of the launch that reduces the parts, where rows are shared.
     """
@@ -96,7 +98,7 @@ class Plan(NamedTuple):
     grid: tuple[int]
     parts: int
     meta: dict[str, Any]
-    compute: torch.dtype
+    accumulators: tuple[torch.dtype, ...]
     numbers: tuple[tuple[Number, ...], tuple[Number, ...]]
     second: Plan | None = None
 
@@ -123,9 +125,10 @@ def plan(
         return whole._replace(numbers=(before, after))
     # Few rows of many elements: several programs share each, and a second launch their parts.
     shared = _plan(reduction.partial, shapes, strides, dims, False, element, processors)
-    own = torch.Size((whole.parts, whole.rows)), (whole.rows, 1)
+    count = len(whole.accumulators)
+    own = (torch.Size((whole.parts, whole.rows)),) * count, ((whole.rows, 1),) * count
     # For no processors: one program a row from here on, or the parts would be shared out again.
-    second = _plan(reduction.total, own[:1], own[1:], (0,), False, compute, 0)
+    second = _plan(reduction.total, *own, (0,), False, compute, 0)
     second = second._replace(shape=whole.shape, strides=whole.strides, numbers=((), after))
     return shared._replace(numbers=(before, ()), second=second)
 
@@ -148,6 +151,8 @@ def _plan(
 
     sizes = [shape[d] for d in reduced]
     own = [tuple([s[d] for d in reduced]) for s in strides]
+    if reduction.indexed:
+        own.append(dense_strides(sizes, range(len(sizes) - 1, -1, -1)))
     reduced_sizes, reduced_strides = collapse(sizes, own, fastest_first(sizes, own))
     own = [tuple([s[d] for d in kept]) for s in strides]
     out = dense_strides(kept_shape, range(len(kept) - 1, -1, -1))
@@ -158,7 +163,9 @@ def _plan(
 
     runs = len(reduced_sizes) == 1 or reduced_sizes[0] >= k.RUN
     length = reduced_sizes[0] if runs else columns
+    # As many accumulators as one tuple of them has fewer elements, or they spill.
     tile = k.TILE_BYTES // COMPUTE_DTYPE[element].itemsize
+    tile //= next_power_of_two(len(reduction.identity))
     if _along_rows(kept_strides, reduced_strides):
         block_columns = min(next_power_of_two(length), tile)
         block_rows = min(next_power_of_two(rows), tile // block_columns)
@@ -173,7 +180,7 @@ def _plan(
     span = -(-steps // parts)
     parts = max(1, -(-steps // max(span, 1)))
 
-    every = list(zip(kept_strides, reduced_strides, strict=True))
+    every = list(zip(kept_strides, reduced_strides, strict=False))
     reaches = [reach(kept_sizes, a) + reach(reduced_sizes, b) for a, b in every]
     wide = max(*reaches, parts * rows, columns) > INT32_MAX - tile
     geometry = (
@@ -190,9 +197,9 @@ def _plan(
     meta = {
         "MAP": reduction.map,
         "COMBINE": reduction.combine,
-        "FOLD": reduction.fold,
         "FINISH": reduction.finish,
         "IDENTITY": reduction.identity,
+        "INDEXED": reduction.indexed,
         "RESULT": TRITON_DTYPE[element],
         "COMPUTE": TRITON_DTYPE[COMPUTE_DTYPE[element]],
         "RUNS": runs,
@@ -204,14 +211,16 @@ def _plan(
     if keepdim:
         result = torch.Size([1 if d in dims else n for d, n in enumerate(shape)])
     result_strides = dense_strides(result, range(len(result) - 1, -1, -1))
-    compute = COMPUTE_DTYPE[element]
+    dtypes = [COMPUTE_DTYPE[element]] * len(reduction.identity)
+    if reduction.indexed:
+        dtypes[-1] = torch.int64
     grid = (row_tiles * parts,)
-    return Plan(result, result_strides, geometry, rows, grid, parts, meta, compute, ((), ()))
+    return Plan(result, result_strides, geometry, rows, grid, parts, meta, tuple(dtypes), ((), ()))
 
 
 def _along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]]) -> bool:
     """Whether the fastest reduced dimension moves faster in memory than the fastest kept one."""
-    for a, b in zip(kept, reduced, strict=True):
+    for a, b in zip(kept, reduced, strict=False):
         if a[0] and b[0]:
             return abs(b[0]) <= abs(a[0])
     return True
@@ -259,25 +268,46 @@ def reduce(
 
 def run(plan: Plan, operands: tuple[Tensor, ...], result: torch.dtype) -> Tensor:
     """Reduce operands of the shapes and strides that ``plan`` was made for."""
-    first = operands[0]
-    second = plan.second
-    if second is not None:
-        parts = torch.empty((plan.parts, plan.rows), dtype=plan.compute, device=first.device)
-        _launch(plan, parts, operands)
-        return run(second, (parts,), result)
-    # Not empty(): of torch's allocators the strided ones have the least overhead.
-    if result is first.dtype:
-        out = first.new_empty_strided(plan.shape, plan.strides)
-    else:
-        out = first.new_empty_strided(plan.shape, plan.strides, dtype=result)
+    if plan.second is not None:
+        parts = _parts(plan, operands)
+        return run(plan.second, parts, result)
+    out = _result(plan, operands[0], result)
     if plan.rows:
-        _launch(plan, out, operands)
+        _launch(plan, (out,), operands)
     return out
 
 
-def _launch(plan: Plan, out: Tensor, operands: tuple[Tensor, ...]) -> None:
-    args = (out, operands, *plan.numbers, *plan.geometry)
-    launch_prepared(k.reduce, plan.grid, args, out, plan.meta)
+def run_many(
+    plan: Plan, operands: tuple[Tensor, ...], results: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """``run`` with several results, of these dtypes; None for one that is not wanted."""
+    if plan.second is not None:
+        parts = _parts(plan, operands)
+        return run_many(plan.second, parts, results)
+    outs = tuple([None if d is None else _result(plan, operands[0], d) for d in results])
+    if plan.rows:
+        _launch(plan, outs, operands)
+    return outs
+
+
+def _result(plan: Plan, first: Tensor, dtype: torch.dtype) -> Tensor:
+    # Not empty(): of torch's allocators the strided ones have the least overhead.
+    if dtype is first.dtype:
+        return first.new_empty_strided(plan.shape, plan.strides)
+    return first.new_empty_strided(plan.shape, plan.strides, dtype=dtype)
+
+
+def _parts(plan: Plan, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What programs that share rows each make of their part."""
+    shape, device = (plan.parts, plan.rows), operands[0].device
+    parts = tuple([torch.empty(shape, dtype=d, device=device) for d in plan.accumulators])
+    _launch(plan, parts, operands)
+    return parts
+
+
+def _launch(plan: Plan, outs: tuple[Tensor | None, ...], operands: tuple[Tensor, ...]) -> None:
+    args = (outs, operands, *plan.numbers, *plan.geometry)
+    launch_prepared(k.reduce, plan.grid, args, operands[0], plan.meta)
 
 
 def sum_to(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
 from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit, admit_pair
 from ..layout import broadcasts
-from ..op import Bind, Tensors, Unsupported
+from ..op import Bind, OtherOverload, Tensors, Unsupported
 from ..runtime import DEVICE_TYPES
 
 key_set = torch._C._dispatch_keys
@@ -149,6 +149,13 @@ def bind_tensors(input: Tensor, other: Tensor) -> tuple[Tensors, Params]:
     """As ``bind_two``, of an op that takes no number for its second operand."""
     if not isinstance(other, Tensor):
         raise Unsupported(f"other is a {type(other).__name__}")
+    return bind_two(input, other)
+
+
+def bind_pair(input: Tensor, other: Any = None) -> tuple[Tensors, Params]:
+    """Of a torch callable that is a reduction too, with a dimension in the place of ``other``."""
+    if not isinstance(other, Tensor):
+        raise OtherOverload
     return bind_two(input, other)
 
 

@@ -1,4 +1,4 @@
-"""Reductions: sum, mean, amax and amin, and what the vector norms share with them.
+"""Reductions: sum and its like, amax and amin, and what all other reductions share with them.
 
 The rules are torch's (derivatives.yaml), so that values at ties and of NaN are too. ``g`` is the
 gradient of the result; it and ``out``, the result, are broadcast back along the reduced dimensions.
@@ -16,10 +16,21 @@ import torch
 from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL, Number
-from ..function import admit, apply, settle, transforming
+from ..function import admit, apply, settle, transforming, vjp
 from ..kernels import reduction as k
 from ..launchers.pointwise import elementwise
-from ..launchers.reduction import AMAX, AMIN, MEAN, SUM, Plan, Reduction, plan, reduce, run
+from ..launchers.reduction import (
+    AMAX,
+    AMIN,
+    MEAN,
+    SUM,
+    Plan,
+    Reduction,
+    plan,
+    reduce,
+    run,
+    run_many,
+)
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 
@@ -33,7 +44,7 @@ class Params(NamedTuple):
         dims: the reduced dimensions, not negative; none where nothing is reduced.
         keepdim: whether they stay, with size 1.
         result: dtype of the result, to which torch converts the input first.
-        order: of a norm.
+        number: order of a norm, correction of a variance.
         specs: of the tensor, and
         plan: the launch for it; neither under a transform, where the kernel will meet another.
     """
@@ -41,7 +52,7 @@ class Params(NamedTuple):
     dims: tuple[int, ...]
     keepdim: bool
     result: torch.dtype
-    order: float = 2.0
+    number: float = 0.0
     specs: tuple[Spec] | None = None
     plan: Plan | None = None
 
@@ -55,7 +66,7 @@ class Kind(NamedTuple):
 
 
 KindOf = Callable[[float, int], Kind]
-"""Which one, of the order and the number of elements that are reduced into one; raises Unsupported
+"""Which one, of ``Params.number`` and the count of elements that become one; raises Unsupported
 where torch has none."""
 
 
@@ -88,7 +99,7 @@ def read(
     keepdim: bool,
     dtype: torch.dtype | None,
     kind_of: KindOf,
-    order: float = 2.0,
+    number: float = 0.0,
 ) -> Params:
     """Params of a call, checked."""
     admit(input)
@@ -100,10 +111,10 @@ def read(
     if type(keepdim) is not bool:
         raise Unsupported(f"keepdim is a {type(keepdim).__name__}")
     if transforming():
-        return _params(kind_of, input.shape, input.dtype, dim, keepdim, dtype, order)[0]
+        return _params(kind_of, input.shape, input.dtype, dim, keepdim, dtype, number)[0]
     return _params_and_plan(
         kind_of, input.shape, input.stride(), input.dtype, input.get_device(),
-        dim, keepdim, dtype, order,
+        dim, keepdim, dtype, number,
     )  # fmt: skip
 
 
@@ -117,9 +128,9 @@ def _params_and_plan(
     dim: Dim,
     keepdim: bool,
     dtype: torch.dtype | None,
-    order: float,
+    number: float,
 ) -> Params:
-    params, kind = _params(kind_of, shape, own, dim, keepdim, dtype, order)
+    params, kind = _params(kind_of, shape, own, dim, keepdim, dtype, number)
     reduction, before, after = kind
     launch = plan(
         reduction, (shape,), (strides,), params.dims, keepdim, params.result, device, before, after
@@ -134,7 +145,7 @@ def _params(
     dim: Dim,
     keepdim: bool,
     dtype: torch.dtype | None,
-    order: float,
+    number: float,
 ) -> tuple[Params, Kind]:
     result = own if dtype is None else dtype
     if result not in FLOATING:
@@ -144,8 +155,8 @@ def _params(
     if own not in FLOATING and own not in INTEGRAL:
         raise Unsupported(f"dtype {str(own).removeprefix('torch.')}")
     dims: tuple[int, ...] = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    params = Params(_dims(len(shape), dims), keepdim, result, order)
-    return params, kind_of(order, count_of(shape, params.dims))
+    params = Params(_dims(len(shape), dims), keepdim, result, number)
+    return params, kind_of(number, count_of(shape, params.dims))
 
 
 # The default of an argument without which torch reads a call differently.
@@ -168,6 +179,17 @@ def bind_total(kind_of: KindOf) -> Bind:
             dim = None
         keep = keepdim is not _OMITTED and keepdim
         return (input,), read(input, dim, keep, dtype, kind_of)
+
+    return bind
+
+
+def bind_nan(kind_of: KindOf) -> Bind:
+    """The signature of nansum and nanmean, of which keepdim needs no dim."""
+
+    def bind(
+        input: Tensor, dim: Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensors, Params]:
+        return (input,), read(input, dim, keepdim, dtype, kind_of)
 
     return bind
 
@@ -208,9 +230,14 @@ def count_of(shape: Sequence[int], dims: tuple[int, ...]) -> int:
 
 def value_of(kind_of: KindOf, params: Params, x: Tensor) -> Tensor:
     """The reduction of a tensor other than the one that a call was read for."""
-    dims, keepdim, result, order = params[:4]
-    kind, before, after = kind_of(order, count_of(x.shape, dims))
-    return reduce(kind, (x,), dims, keepdim, result, result, before, after)
+    return run(_plan_of(kind_of, params, x), (x,), params.result)
+
+
+def _plan_of(kind_of: KindOf, params: Params, x: Tensor) -> Plan:
+    dims, keepdim, result, number = params[:4]
+    kind, before, after = kind_of(number, count_of(x.shape, dims))
+    device = x.get_device()
+    return plan(kind, (x.shape,), (x.stride(),), dims, keepdim, result, device, before, after)
 
 
 def _shifted(params: Params) -> Params:
@@ -229,13 +256,18 @@ def reduction(
     *targets: Callable[..., Any],
     bind: Bind,
     kind_of: KindOf,
-    rule: Any,
     samples: Callable[[Make], Iterator[Sample]],
+    rule: Any = None,
     variants: Mapping[Callable[..., Any], Bind] | None = None,
     saves: Callable[[Params, Needs], tuple[int, ...]] = lambda params, needs: (0, 1),
     backward: Callable[..., Any] | None = None,
-    jvp: Callable[..., Tensor],
-    formula: str,
+    jvp: Callable[..., Any] | None = None,
+    formula: str = "",
+    overloads: tuple[Bind, ...] = (),
+    shares: tuple[Callable[..., Any], ...] = (),
+    results: Callable[[torch.dtype], tuple[torch.dtype | None, ...]] | None = None,
+    outputs: int = 1,
+    returns: Callable[[tuple[Any, ...]], Any] | None = None,
     opinfo: tuple[str, ...] | None = None,
     autocast: Mapping[str, str] | None = None,
 ) -> Op:
@@ -243,27 +275,34 @@ def reduction(
 
     Args:
         bind: reads calls for the same ``kind_of``.
-        rule: ``(params, spec, g, x, out) -> dx``, the derivative in torch mathematics.
+        rule: ``(params, spec, g, x, out) -> dx``, the derivative in torch mathematics; with several
+            outputs as many gradients and results. None: there is no derivative.
         backward: the same with kernels; None where the rule needs none.
-        jvp: ``(op, params, x, out, tangent) -> tangent of the result``.
+        jvp: ``(op, params, x, out, tangent) -> tangent of the result``. None: by the rule.
+        results: of the dtype of the call, those of what the kernel finishes with, None for what is
+            not wanted. None: one, of that dtype.
     """
+    push: Callable[..., Any] = jvp or row_jvp
 
-    def forward(params: Params, x: Tensor) -> Tensor:
-        if params.plan is not None:
-            return run(params.plan, (x,), params.result)
-        return value_of(kind_of, params, x)
+    def forward(params: Params, x: Tensor) -> Any:
+        launch = params.plan or _plan_of(kind_of, params, x)
+        if results is None:
+            return run(launch, (x,), params.result)
+        found = run_many(launch, (x,), results(params.result))
+        return found if outputs > 1 else next(t for t in found if t is not None)
 
     def full_rule(
         params: Params, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors
     ) -> Tensors:
-        return (rule(params, specs[0], grads[0], *saved),)
+        return (rule(params, specs[0], *grads, *saved),)
 
-    def full_jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
+    def full_jvp(params: Params, tensors: Tensors, outs: Tensors, tangents: Tensors) -> Any:
         assert tangents[0] is not None
-        return jvp(op, params, *tensors, *outputs, settle(tangents[0]))
+        return push(op, params, *tensors, *outs, settle(tangents[0]))
 
-    def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
-        return apply(op, _shifted(params), (_in_front(tensors[0], dims[0]),)), 0
+    def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Any, Any]:
+        found = apply(op, _shifted(params), (_in_front(tensors[0], dims[0]),))
+        return found, 0 if outputs == 1 else (0,) * outputs
 
     op = Op(
         name=name,
@@ -271,11 +310,16 @@ def reduction(
         forward=forward,
         replaces=targets,
         variants=variants or {},
+        overloads=overloads,
+        shares=shares,
+        outputs=outputs,
+        returns=returns,
         saves=saves,
         specs=operator.attrgetter("specs"),
-        rule=full_rule,
-        backward=None if backward is None else _backward_op(name, full_rule, backward),
-        jvp=full_jvp,
+        rule=None if rule is None else full_rule,
+        backward=None if backward is None else _backward_op(name, full_rule, backward, outputs),
+        jvp=None if rule is None else full_jvp,
+        differentiable=rule is not None,
         vmap=vmap,
         autocast=autocast or {},
         opinfo=(name,) if opinfo is None else opinfo,
@@ -289,14 +333,14 @@ def reduction(
     return register(op)
 
 
-def _backward_op(name: str, rule: Any, backward: Callable[..., Any]) -> Op:
+def _backward_op(name: str, rule: Any, backward: Callable[..., Any], outputs: int) -> Op:
     """The op of ``(g, x, out)`` that computes the gradient of a reduction's input."""
 
     def forward(bp: BackwardParams, *tensors: Tensor | None) -> Any:
         return backward(bp.params, bp.specs[0], *tensors)
 
-    def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
-        return rule(bp.params, bp.needs, bp.specs, (g,), saved)
+    def reference(bp: BackwardParams, *tensors: Tensor | None) -> Tensors:
+        return rule(bp.params, bp.needs, bp.specs, tensors[:outputs], tensors[outputs:])
 
     def vmap(info: Any, bp: BackwardParams, tensors: Tensors, dims: tuple) -> Any:
         spec = bp.specs[0]
@@ -323,6 +367,22 @@ def _cost(params: Params, x: Tensor) -> tuple[int, int]:
     rows = x.numel() // max(count_of(x.shape, params.dims), 1)
     moved = x.numel() * x.element_size() + rows * params.result.itemsize
     return moved, x.numel()
+
+
+def row_jvp(op: Op, params: Params, x: Tensor, *rest: Tensor) -> Any:
+    """Forward mode of a reduction by its rule: the gradient for g = 1 is the row of the Jacobian
+    that the tangent meets."""
+    *outs, tangent = rest
+    compute = COMPUTE_DTYPE[params.result]
+    specs = (Spec(x.shape, compute),)
+    parts = []
+    for out in outs:
+        grads = tuple([torch.ones_like(o) if o is out else None for o in outs])
+        (row,) = vjp(op, params, (True,), specs, grads, (x, *outs), own_level=1)
+        assert row is not None
+        part = total_of(row * tangent, params, params.keepdim, compute)
+        parts.append(part.to(params.result))
+    return parts[0] if len(parts) == 1 else tuple(parts)
 
 
 def standard_samples(make: Make) -> Iterator[Sample]:
@@ -376,6 +436,10 @@ def _saves_nothing(params: Params, needs: Needs) -> tuple[int, ...]:
     return ()
 
 
+def _saves_input(params: Params, needs: Needs) -> tuple[int, ...]:
+    return (0,)
+
+
 # --------------------------------------------------------------------------------- amax and amin
 
 
@@ -405,13 +469,17 @@ def hits_per_row(function: Any, params: Params, x: Tensor, out: Tensor) -> Tenso
 
 def exact_pointwise(
     function: Any,
-    operands: tuple[Tensor, ...],
+    operands: tuple[Tensor | None, ...],
     result: torch.dtype,
     dtype: torch.dtype,
     consts: tuple[Number, ...] = (),
+    raw: int = 0,
 ) -> Tensor:
+    """``elementwise`` of a function with one output; an operand that is None counts as zeros."""
+    scalars = (None,) * len(operands)
     # Not rounded to the result's dtype: counts and scales would not fit the half types.
-    (out,) = elementwise(function, 0, operands, (), consts, COMPUTE_DTYPE[result], (dtype,))
+    compute = COMPUTE_DTYPE[result]
+    (out,) = elementwise(function, raw, operands, scalars, consts, compute, (dtype,))
     assert out is not None
     return out
 
@@ -423,27 +491,111 @@ def _extremum_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tenso
     return (total / total_of(hits, params, params.keepdim, compute)).to(params.result)
 
 
+# ------------------------------------------------------------------------- sums that pass over NaN
+
+NANSUM = SUM.but(map=k.numeric_value)
+NANMEAN = Reduction(k.numeric, k.add_and_count, (0.0, 0.0), k.ratio)
+
+
+def _nansum_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
+    return _spread(params, spec, g) * (x == x)
+
+
+def _nansum_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
+    return exact_pointwise(k.nansum_bwd, (restored(g, params), x), params.result, spec.dtype)
+
+
+def _nanmean_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
+    count = total_of(x == x, params, True, COMPUTE_DTYPE[params.result])
+    return ((restored(g, params) / count) * (x == x)).to(spec.dtype)
+
+
+def _nanmean_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
+    compute = COMPUTE_DTYPE[params.result]
+    count = reduce(_counting(k.is_number), (x,), params.dims, True, x.dtype, compute)
+    return exact_pointwise(
+        k.nanmean_bwd, (restored(g, params), x, count), params.result, spec.dtype
+    )
+
+
+# --------------------------------------------------------------------------------------- logsumexp
+
+LOGSUMEXP = Reduction(k.exponential, k.add_exponentials, (-math.inf, 0.0), k.logarithm)
+
+
+def _bind_logsumexp(input: Tensor, dim: Dim, keepdim: bool = False) -> tuple[Tensors, Params]:
+    admit(input)
+    if dim is None or dim in ((), []):
+        raise Unsupported(f"dim={dim!r}")
+    dtype = torch.get_default_dtype() if input.dtype in INTEGRAL else None
+    return (input,), read(input, dim, keepdim, dtype, _logsumexp)
+
+
+def _logsumexp(number: float, count: int) -> Kind:
+    return Kind(LOGSUMEXP)
+
+
+def _logsumexp_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    return (restored(g, params) * torch.exp(x - restored(out, params))).to(spec.dtype)
+
+
+def _logsumexp_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    compute = COMPUTE_DTYPE[params.result]
+    if compute is not params.result:
+        # The exponential would multiply the rounding of a half precision result.
+        out = value_of(_logsumexp, params._replace(result=compute), x)
+    operands = (restored(g, params), x, restored(out, params))
+    return exact_pointwise(k.logsumexp_bwd, operands, params.result, spec.dtype)
+
+
+def short_samples(make: Make) -> Iterator[Sample]:
+    """Of the standard samples what reaches every branch of a reduction with one dim or several."""
+    # Long rows of one sign: of a sum that cancels, the last digits are chance.
+    yield Sample((make(3, 5), 1), {}, "rows")
+    yield Sample((make(2, 3, 4), (0, -1)), {"keepdim": True}, "several dims, keepdim")
+    yield Sample((make(), 0), {}, "0-dim")
+    yield Sample((make(4, 9)[:, ::2].t(), 1), {}, "strided")
+    yield Sample((make(2, 0, 3), 2), {}, "empty")
+    yield Sample((make(2, 4099, low=0.5), 1), {}, "past one block of the reduced")
+    yield Sample((make(3, 131), 0), {}, "past one block of the kept")
+    yield Sample((make(8, 2, 257, low=0.5), (0, 2)), {}, "rows shared by several programs")
+
+
+def _nan_samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make(3, 5),), {}, "all")
+    yield from short_samples(make)
+    yield Sample((make(3, 5).sqrt().detach().requires_grad_(), 1), {}, "with NaN")
+
+
 # ------------------------------------------------------------------------------------------- TABLE
 
 T = Tensor
 
 
-def _sum(order: float, count: int) -> Kind:
+def _sum(number: float, count: int) -> Kind:
     return Kind(SUM)
 
 
-def _mean(order: float, count: int) -> Kind:
+def _mean(number: float, count: int) -> Kind:
     return Kind(MEAN, (), (count,))
 
 
-def _amax(order: float, count: int) -> Kind:
+def _amax(number: float, count: int) -> Kind:
     refuse_empty(count)
     return Kind(AMAX)
 
 
-def _amin(order: float, count: int) -> Kind:
+def _amin(number: float, count: int) -> Kind:
     refuse_empty(count)
     return Kind(AMIN)
+
+
+def _nansum(number: float, count: int) -> Kind:
+    return Kind(NANSUM)
+
+
+def _nanmean(number: float, count: int) -> Kind:
+    return Kind(NANMEAN)
 
 
 _linear: dict[str, Any] = {"jvp": _linear_jvp, "saves": _saves_nothing, "samples": _total_samples}
@@ -467,3 +619,23 @@ reduction(
 )  # fmt: skip
 reduction("amax", torch.amax, T.amax, bind=bind_extremum(_amax), kind_of=_amax, **_extremum)
 reduction("amin", torch.amin, T.amin, bind=bind_extremum(_amin), kind_of=_amin, **_extremum)
+_nan: dict[str, Any] = {"saves": _saves_input, "samples": _nan_samples}
+reduction(
+    "nansum", torch.nansum, T.nansum,
+    bind=bind_nan(_nansum), kind_of=_nansum, rule=_nansum_rule, backward=_nansum_backward, **_nan,
+    formula="dx = g * (x == x)",
+    autocast={"cuda": "float32"},
+)  # fmt: skip
+reduction(
+    "nanmean", torch.nanmean, T.nanmean,
+    bind=bind_nan(_nanmean), kind_of=_nanmean,
+    rule=_nanmean_rule, backward=_nanmean_backward, **_nan,
+    formula="dx = g / sum(x == x) * (x == x)",
+)  # fmt: skip
+reduction(
+    "logsumexp", torch.logsumexp, torch.special.logsumexp, T.logsumexp,
+    bind=_bind_logsumexp, kind_of=_logsumexp,
+    rule=_logsumexp_rule, backward=_logsumexp_backward, samples=short_samples,
+    formula="dx = g * exp(x - out)",
+    autocast={"cuda": "float32"},
+)  # fmt: skip

@@ -52,6 +52,7 @@ def row(
     jvp: Callable[..., Tensor] | None = None,
     for_number: Callable[[Number], tuple[Any, Any]] | None = None,
     variants: Mapping[Callable[..., Any], Bind] | None = None,
+    shares: tuple[Callable[..., Any], ...] = (),
     boolean: bool = False,
     low: float = -2.0,
     high: float = 2.0,
@@ -74,6 +75,7 @@ def row(
         for_number: number in the last input's place -> the device functions to run with it instead,
             forward and backward.
         variants: torch callables with signatures of their own.
+        shares: those of which other ops take other overloads.
         boolean: a comparison: bool result, no derivative.
         low, high: range of sample values where the op is smooth.
     """
@@ -202,6 +204,7 @@ def row(
         forward=forward,
         replaces=targets,
         variants=variants or {},
+        shares=shares,
         saves=saves,
         specs=operator.attrgetter("specs"),
         rule=rule if rules else None,

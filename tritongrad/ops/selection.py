@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..kernels import selection as k
 from ..sampling import Make, Sample
-from .operands import bind_tensors, bind_two, bind_where, bind_where_method, unary_bind
+from .operands import (
+    bind_pair,
+    bind_tensors,
+    bind_two,
+    bind_where,
+    bind_where_method,
+    unary_bind,
+)
 from .rows import number_samples, row
 
 T = Tensor
@@ -46,6 +53,9 @@ pointwise(
 pointwise(
     "maximum", torch.maximum, T.maximum,
     bind=bind_tensors,
+    variants={torch.max: bind_pair, T.max: bind_pair},
+    shares=(torch.max, T.max),
+    opinfo=("maximum", "max.binary"),
     inputs=("x", "y"),
     rules={
         "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x < y, 0.0, g)),
@@ -56,6 +66,9 @@ pointwise(
 pointwise(
     "minimum", torch.minimum, T.minimum,
     bind=bind_tensors,
+    variants={torch.min: bind_pair, T.min: bind_pair},
+    shares=(torch.min, T.min),
+    opinfo=("minimum", "min.binary"),
     inputs=("x", "y"),
     rules={
         "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x > y, 0.0, g)),

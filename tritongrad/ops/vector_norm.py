@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, FLOATING, Number, is_number
-from ..function import vjp
 from ..kernels import reduction as k
 from ..launchers.reduction import AMAX, AMIN, SUM
 from ..op import Op, Spec, Tensors, Unsupported
@@ -30,6 +29,7 @@ from .reduction import (
     reduction,
     refuse_empty,
     restored,
+    row_jvp,
     standard_samples,
     total_of,
     value_of,
@@ -132,14 +132,14 @@ def _kind(p: float) -> Kind:
 
 
 def _rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
-    if params.order == 0:
+    if params.number == 0:
         return None  # a count: undefined, says torch
     x, out, g = x.to(params.result), restored(out, params), restored(g, params)
     return _slope(g, x, out, params).to(spec.dtype)
 
 
 def _slope(g: Tensor, x: Tensor, out: Tensor, params: Params) -> Tensor:
-    p = params.order
+    p = params.number
     if p == 1:
         return torch.sign(x) * g
     if p == 2:
@@ -164,7 +164,7 @@ def _steepness(x: Tensor, p: float) -> Tensor:
 
 
 def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
-    p = params.order
+    p = params.number
     if p == 0:
         return None
     g = restored(g, params)
@@ -185,21 +185,17 @@ def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> 
 
 
 def _jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
-    if params.order == 0:
+    if params.number == 0:
         return torch.zeros_like(out)
-    compute = COMPUTE_DTYPE[params.result]
-    p = params.order
+    p = params.number
     if p < 1 and not math.isinf(p):
         # The factor of the row after the sum, as torch has it: where it is infinite, infinities of
         # either sign would make NaN.
+        compute = COMPUTE_DTYPE[params.result]
         terms = _steepness(x.to(compute), p) * tangent
         total = total_of(terms, params, params.keepdim, compute)
         return (total * out.to(compute) ** (1 - p)).to(params.result)
-    # The gradient for g = 1 is the row of the Jacobian that the tangent meets.
-    specs = (Spec(x.shape, compute),)
-    (row,) = vjp(op, params, (True,), specs, (torch.ones_like(out),), (x, out), own_level=1)
-    assert row is not None
-    return total_of(row * tangent, params, params.keepdim, compute).to(params.result)
+    return row_jvp(op, params, x, out, tangent)
 
 
 def _samples(make: Make) -> Iterator[Sample]:
