@@ -69,7 +69,7 @@ def contract(op: Op) -> Contract:
         name=op.name,
         torch=tuple(name.replace("torch.Tensor.", "Tensor.") for name in names),
         orders=orders if op.differentiable else "none",
-        jvp=op.differentiable and op.jvp is not None,
+        jvp=op.differentiable and (op.composite or op.jvp is not None),
         vmap=op.vmap is not None or op.reference is not None,
         compile="torch" if op.schema is None else "library",
         dtypes=tuple(sorted(map(dtype_name, op.dtypes), key=_by_kind_and_width)),

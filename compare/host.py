@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tritongrad import runtime, use
 from tritongrad.op import OPS, Op
-from tritongrad.sampling import Random
+from tritongrad.sampling import Random, Sample, tensors
 
 from .measure import DEVICE
 from .terminal import add_json_option, choose, make_console, plural, tracked, write_json
@@ -139,14 +139,17 @@ def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
     if op.samples is None or (path != "vmap" and path != "direct" and not op.differentiable):
         return None
     args, kwargs, _ = next(iter(op.samples(Random(torch.float32, DEVICE))))
-    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
-    plain = [args[i].detach() for i in places]
+    plain = [t.detach() for t in tensors(Sample(args)) if t.is_floating_point()]
 
-    def filled(tensors: Sequence[Tensor]) -> list[Any]:
-        full = list(args)
-        for i, tensor in zip(places, tensors, strict=True):
-            full[i] = tensor
-        return full
+    def filled(new: Sequence[Tensor]) -> Any:
+        values = iter(new)
+
+        def replace(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return next(values) if value.is_floating_point() else value
+            return type(value)(map(replace, value)) if type(value) in (list, tuple) else value
+
+        return replace(args)
 
     def function(*tensors: Tensor) -> Any:
         return op.entry(*filled(tensors), **kwargs)

@@ -39,6 +39,15 @@ def first_sample(op: Op) -> Sample:
     return next(iter(op.samples(Random(torch.float64, DEVICE))))
 
 
+def filled(value: Any, values: Iterator[Tensor]) -> Any:
+    """``value`` with the tensors in it replaced, also those in lists."""
+    if isinstance(value, Tensor):
+        return next(values)
+    return (
+        type(value)([filled(v, values) for v in value]) if type(value) in (list, tuple) else value
+    )
+
+
 def one_of_each(names: list[str]) -> tuple[Callable[..., list[Tensor]], list[Tensor]]:
     """A function that uses every op of ``names`` once, and the leaves it takes."""
     samples = [first_sample(OPS[name]) for name in names]
@@ -48,7 +57,7 @@ def one_of_each(names: list[str]) -> tuple[Callable[..., list[Tensor]], list[Ten
         values = iter(given)
         results = []
         for name, sample in zip(names, samples, strict=True):
-            args = [next(values) if isinstance(a, Tensor) else a for a in sample.args]
+            args = filled(sample.args, values)
             result = OPS[name].replaces[0](*args, **sample.kwargs)
             results += [result] if isinstance(result, Tensor) else list(result)
         return results

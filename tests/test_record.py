@@ -15,6 +15,7 @@ from support import DEVICE
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
+from tritongrad import runtime
 from tritongrad.function import apply
 from tritongrad.op import OPS, BackwardParams, Op, register
 from tritongrad.sampling import Random
@@ -185,6 +186,56 @@ def test_a_gradient_made_in_forward() -> None:
         torch.testing.assert_close(slope, scale * 2 * x)
 
 
+# --------------------------------------------------------------------------------- a composite
+
+
+def test_a_composite_is_the_ops_that_it_is_made_of() -> None:
+    """Each part is recorded, launched and differentiated as itself, whoever calls, and what it does
+    not compute with is torch's."""
+    op = Op(name="outer", bind=None, reference=lambda p, x, y: (x[:, None] * y * p,))
+    assert op.composite
+    x, y = leaf(3), leaf(2)
+    seen: list[Any] = []
+    with runtime.observe(lambda kernel, *_: seen.append(kernel)):
+        out = through(op, 2.0)(x, y)
+    assert len(seen) == 2
+    assert out.grad_fn.name() == "TritonMulBackward"
+    expected = 2.0 * x[:, None] * y
+    torch.testing.assert_close(out, expected)
+    assert torch.autograd.gradcheck(through(op, 2.0), (x, y), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(through(op, 2.0), (x, y), check_fwd_over_rev=True)
+    ours, native = (
+        vmap(jacrev(jacfwd(f)), (0, None))(torch.stack([x, x + 1]).detach(), y.detach())
+        for f in (lambda x, y: through(op, x.sum())(x, y), lambda x, y: x.sum() * x[:, None] * y)
+    )
+    torch.testing.assert_close(ours, native)
+
+
+@pytest.mark.parametrize("policy", ["lower", "float32", None])
+def test_a_composite_under_autocast(policy: str | None) -> None:
+    """Cast as a whole where torch's list has it, and its parts then are not; else by its parts."""
+    tensors = leaf(2, 3).float().detach(), leaf(3, 2).float().detach()
+    seen: list[torch.dtype] = []
+
+    def reference(params: None, a: Tensor, b: Tensor) -> tuple[Tensor]:
+        out = torch.mm(a, b)
+        seen.extend((a.dtype, out.dtype))
+        return (out,)
+
+    op = Op(
+        name="product",
+        bind=lambda a, b: ((*a, b), None),
+        reference=reference,
+        replaces=(torch.linalg.multi_dot,),
+        autocast={} if policy is None else {DEVICE.type: policy},
+    )
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        op([tensors[0]], tensors[1])
+    within, result = seen
+    assert within is (torch.bfloat16 if policy == "lower" else torch.float32)
+    assert result is (torch.float32 if policy == "float32" else torch.bfloat16)
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 
@@ -199,6 +250,11 @@ def test_a_direction_without_a_rule_is_an_error_that_names_the_op() -> None:
     with pytest.raises(NotImplementedError, match="'once' has no forward-mode derivative"):
         torch.func.jvp(through(op), (x.detach(),), (x.detach(),))
     torch.testing.assert_close(vmap(through(op))(x.detach()), x.detach() ** 2)
+
+
+def test_an_op_computes_or_is_composed() -> None:
+    with pytest.raises(ValueError, match="'mute' has neither a forward nor a reference"):
+        Op(name="mute", bind=None, differentiable=False)
 
 
 def test_an_op_without_a_derivative_must_say_so() -> None:

@@ -34,6 +34,8 @@ from .op import (
     Unsupported,
 )
 from .runtime import local
+from .sampling import Sample
+from .sampling import tensors as tensors_of
 
 Function = Callable[..., Any]
 
@@ -210,7 +212,7 @@ REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, Ove
 def refuse_mixed(args: tuple, kwargs: dict[str, Any]) -> None:
     """Raise RuntimeError for a meta tensor beside one with memory. torch's own products on the CPU
     would read memory for it that is not there, and return numbers."""
-    sized = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
+    sized = [t for t in tensors_of(Sample(args, kwargs)) if t.dim()]
     if len({t.device.type == "meta" for t in sized}) > 1:
         raise RuntimeError("expected all tensors to be on the same device, one is on meta")
 
@@ -252,7 +254,7 @@ _AUTOCAST_ORDER = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def autocast(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Cast the arguments as torch's autocast does for this op on their device."""
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    tensors = tensors_of(Sample(args, kwargs))
     device = next((t.device.type for t in tensors), "cpu")
     policy = op.autocast.get(device)
     if policy is None or not torch.is_autocast_enabled(device):
@@ -276,6 +278,8 @@ def autocast(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     chosen = {id(t) for t in eligible}
 
     def cast(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(cast, value))
         return value.to(target) if id(value) in chosen else value
 
     return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
@@ -287,10 +291,12 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
     Returns the public outputs: a tensor, or a tuple of them; on request ``everything``, also what
     the op keeps for its backward.
     """
+    call = op.forward
+    if call is None:
+        return compose(op, params, tensors)
     if transforming():
         result = op.function.apply(params, *tensors)
     else:
-        call = op.forward
         if op.differentiable:
             if forward_ad._current_level >= 0:
                 call = op.recorded
@@ -305,6 +311,20 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
     return result
 
 
+def compose(op: Op, params: Any, tensors: Tensors) -> Any:
+    """Run a composite: its definition, each operation of it on the op that replaces it."""
+    assert op.reference is not None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rules())
+        if op.autocast and _any_autocast():
+            # As in torch, what has been cast as the whole is not cast again in its parts.
+            for device in op.autocast:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+        found = op.reference(params, *tensors)
+    return found[0] if op.outputs == 1 else found
+
+
 _ALL = tuple(range(64))  # indices of an op's tensors, which are never so many
 
 
@@ -317,6 +337,7 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Function]:
     """
 
     # Constants of the op, looked up once: recording is on the hot path.
+    assert op.forward is not None
     saves, known_specs, public, differentiable = op.saves, op.specs, op.outputs, op.differentiable
     compute = op.forward
 
@@ -414,7 +435,7 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Function]:
     name = "Triton" + "".join(part.capitalize() for part in op.name.split("_"))
     members: dict[str, Any] = {
         "op": op,
-        "forward": staticmethod(op.forward),
+        "forward": staticmethod(compute),
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
         "jvp": staticmethod(jvp),

@@ -60,7 +60,8 @@ def define(op: Op) -> None:
 
     assert op.schema is not None
     assert op.bind is not None
-    bind, native = op.bind, op.replaces[0]
+    assert op.forward is not None
+    bind, compute, native = op.bind, op.forward, op.replaces[0]
     name, backward_name = op.name, f"{op.name}_backward"
     arguments = torch._C.parse_schema(f"{NAMESPACE}::{name}{op.schema}").arguments
     plain = ", ".join(f"{_type_text(a)} {a.name}" for a in arguments)
@@ -82,7 +83,7 @@ def define(op: Op) -> None:
             tensors, params = bind(*args)
         except Unsupported:
             return native(*args)
-        result = op.forward(params, *tensors)
+        result = compute(params, *tensors)
         if type(result) is tuple:
             result = result[: op.outputs]
             return result[0] if op.outputs == 1 else result

@@ -20,6 +20,8 @@ fused linear loss      ``forward`` returns (loss, dx, dw), the gradients past ``
                        ``backward`` scales them
 attention              ``backward`` is an Op that has a ``backward`` of its own, and ``jvp`` calls
                        a third Op: four kernel sets, no further mechanism
+outer, einsum          composites: ``reference`` without ``forward``; views and calls of other ops,
+                       whose derivatives, batching and promotion are theirs
 =====================  =========================================================================
 """
 
@@ -80,7 +82,9 @@ class Op:
         bind: torch's signature. Returns ``(tensors, params)``, the canonical call, or raises
             ``Unsupported`` with the reason. ``None`` for an op without a public name.
         forward: ``(params, *tensors) -> Tensor | tuple``: allocates and launches. Never called
-            with a tensor that a transform has wrapped. Writes nothing but its results.
+            with a tensor that a transform has wrapped. Writes nothing but its results. None for a
+            composite: ``reference`` is evaluated instead, each of its operations on Triton and
+            recorded by itself, so that none of the fields about derivatives is needed.
         replaces: the torch callables whose calls it takes: function, methods, operators, aliases.
             The first is the reference that parity is measured against.
         variants: further torch callables, each with a ``bind`` of its own, because their
@@ -102,8 +106,8 @@ class Op:
         backward: the op whose kernel computes ``rule`` in one go, or ``None``: ``rule`` itself is
             evaluated, each of its operations on Triton.
         reference: ``(params, *tensors) -> tuple`` of outputs, the op's definition in torch
-            mathematics. A backward op has one (its parent's rule); its derivatives of every order
-            and direction come from it.
+            mathematics. A backward op has one (its parent's rule), a composite is one; derivatives
+            of every order and direction come from it.
         jvp: ``(params, tensors, outputs, tangents) -> tangents of the public outputs``.
         vmap: ``(info, params, tensors, dims) -> (outputs, out_dims)``.
         autocast: device type -> policy ("lower", "float32", "promote"), as torch's lists have it.
@@ -125,7 +129,7 @@ class Op:
 
     name: str
     bind: Bind | None
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] | None = None
     replaces: tuple[Callable[..., Any], ...] = ()
     variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
     overloads: tuple[Bind, ...] = ()
@@ -152,6 +156,8 @@ class Op:
     sources: str = ""
 
     def __post_init__(self) -> None:
+        if self.forward is None and self.reference is None:
+            raise ValueError(f"op {self.name!r} has neither a forward nor a reference")
         if self.differentiable and self.rule is None and self.reference is None:
             raise ValueError(
                 f"op {self.name!r} has neither a derivative rule nor a reference; an op that has "
@@ -173,6 +179,11 @@ class Op:
     def recorded(self) -> Callable[..., Any]:
         """``(params, *tensors) -> outputs``, recorded for backward; not for use in transforms."""
         return self._functions[1]
+
+    @property
+    def composite(self) -> bool:
+        """Whether it is made of other ops, by its reference."""
+        return self.forward is None
 
     @property
     def rule_text(self) -> str:
