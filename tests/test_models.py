@@ -1,0 +1,48 @@
+"""``compare models``: whole training loops, and that the comparison can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritongrad.compare import models
+from tritongrad.compare.plant import plant
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_trains_as_on_torch(name: str) -> None:
+    row = models.check(name)
+    assert not row.problem
+    assert row.fell_back == {}
+    assert row.launches > 0
+    assert row.difference <= models.TOLERANCE
+    assert row.losses[-1] < row.losses[0]
+
+
+def test_differences_and_falls_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def falls() -> tuple[list[torch.Tensor], models.Loss]:
+        x = torch.rand(3, dtype=torch.float64, device=models.DEVICE, requires_grad=True)
+        return [x], lambda: torch.relu(x).sum() + torch.linalg.inv(torch.diag(x)).sum()
+
+    def raises() -> tuple[list[torch.Tensor], models.Loss]:
+        raise ValueError("no such thing")
+
+    found = {"falls": models.Model("", falls), "raises": models.Model("", raises)}
+    monkeypatch.setattr(models, "STEPS", 2)
+    monkeypatch.setattr(models, "MODELS", models.MODELS | found)
+    row = models.check("falls")
+    assert any("inv" in what for what in row.fell_back)
+    assert not row.passed
+    assert models.check("raises").problem == "ValueError: no such thing"
+    with plant():
+        assert not models.check("poisson").passed
+
+    file = tmp_path / "models.json"
+    assert models.main(["--only", "poisson", "--only", "raises", "--json", str(file)]) == 1
+    assert [row["passed"] for row in json.loads(file.read_text())] == [True, False]
+    assert "2 models, 1 failed" in capsys.readouterr().out
