@@ -24,21 +24,22 @@ if triton.knobs.runtime.interpret:
 
     def scan(values, COMBINE, REVERSE):
         """Each column is combined with those 1, 2, 4, ... before it."""
-        values = tuple(_columns(v, slice(None, None, -1 if REVERSE else 1)) for v in values)
+        towards = -1 if REVERSE else 1
+        values = tuple(_columns(v, slice(None, None, towards)) for v in values)
         step = 1
         while step < values[0].shape[1]:
-            earlier = tuple(_columns(v, slice(0, -step)) for v in values)
-            later = tuple(_columns(v, slice(step, None)) for v in values)
-            starts = tuple(_columns(v, slice(0, step)) for v in values)
-            values = tuple(map(_joined, starts, COMBINE(*earlier, *later)))
+            earlier = tuple(_block(np.roll(v.handle.data, step, 1), v.dtype.scalar) for v in values)
+            values = tuple(_after(step, *pair) for pair in zip(values, COMBINE(*earlier, *values)))
             step *= 2
-        return tuple(_columns(v, slice(None, None, -1 if REVERSE else 1)) for v in values)
+        return tuple(_columns(v, slice(None, None, towards)) for v in values)
 
     def _columns(block, which):
         return _block(block.handle.data[:, which], block.dtype.scalar)
 
-    def _joined(left, right):
-        return _block(np.concatenate([left.handle.data, right.handle.data], 1), left.dtype.scalar)
+    def _after(step, old, new):
+        """The first columns of `old`, the others of `new`."""
+        data = [old.handle.data[:, :step], new.handle.data[:, step:]]
+        return _block(np.concatenate(data, 1), old.dtype.scalar)
 
     def _block(data, dtype):
         return tl.tensor(TensorHandle(data, dtype), tl.block_type(dtype, list(data.shape)))

@@ -21,6 +21,7 @@ from .pointwise import numbers
 
 # A tile's accumulators: 32 floats a thread, so several 16-byte loads in flight in each, and in
 # float64 half as many elements, or the power of a p-norm spills.
+# A quarter where there are several accumulators, which do more with each element.
 TILE_BYTES = 16384
 # Kept elements of a tile whose contiguous axis is the kept one: a warp reads 512 bytes in float32.
 KEPT_BLOCK = 128
@@ -352,6 +353,13 @@ def logarithm(top, total):
 def extremum_bwd(g, x, out, count):
     # A product, not a selection: where `count` is 0 (NaN) the gradient is NaN, as torch's is.
     return (m.div(g, count) * hit(x, out)[0],)
+
+
+@triton.jit
+def prod_bwd(g, x, rest, zeros):
+    """`rest` is the product of what is not 0, of which there are `zeros` more."""
+    only = tl.where((zeros == 1) & (x == 0), g * rest, 0)
+    return (tl.where(zeros == 0, g * m.div(rest, x), only),)
 
 
 @triton.jit

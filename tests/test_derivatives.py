@@ -118,6 +118,8 @@ def test_third_order(name: str) -> None:
         assert_same(orders(call.triton, call.inputs), orders(call.torch, call.inputs), repr(call))
 
 
+# torch's own cumprod has operations that its vmap does one by one.
+@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize(
     "transform",

@@ -119,7 +119,7 @@ def plan(
     compute = COMPUTE_DTYPE[element]
     before = encode_all(map_params, compute)
     after = encode_all(finish_params, compute)
-    processors = _processors(device)
+    processors = processors_of(device)
     whole = _plan(reduction, shapes, strides, dims, keepdim, element, processors)
     if whole.parts == 1:
         return whole._replace(numbers=(before, after))
@@ -163,9 +163,8 @@ def _plan(
 
     runs = len(reduced_sizes) == 1 or reduced_sizes[0] >= k.RUN
     length = reduced_sizes[0] if runs else columns
-    # As many accumulators as one tuple of them has fewer elements, or they spill.
-    tile = k.TILE_BYTES // COMPUTE_DTYPE[element].itemsize
-    tile //= next_power_of_two(len(reduction.identity))
+    several = len(reduction.identity) > 1
+    tile = (k.TILE_BYTES // 4 if several else k.TILE_BYTES) // COMPUTE_DTYPE[element].itemsize
     if _along_rows(kept_strides, reduced_strides):
         block_columns = min(next_power_of_two(length), tile)
         block_rows = min(next_power_of_two(rows), tile // block_columns)
@@ -227,7 +226,7 @@ def _along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]])
 
 
 @cache
-def _processors(device: int) -> int:
+def processors_of(device: int) -> int:
     """Multiprocessors of a device; the interpreter, where programs cost milliseconds, has one."""
     if INTERPRETED:
         return 1
@@ -252,6 +251,20 @@ def reduce(
         result: dtype of the result.
         map_params, finish_params: further arguments of the reduction's functions.
     """
+    found = plan_for(operands, reduction, dims, keepdim, element, map_params, finish_params)
+    return run(found, operands, result)
+
+
+def plan_for(
+    operands: tuple[Tensor, ...],
+    reduction: Reduction,
+    dims: tuple[int, ...],
+    keepdim: bool,
+    element: torch.dtype,
+    map_params: tuple[Number, ...] = (),
+    finish_params: tuple[Number, ...] = (),
+) -> Plan:
+    """``plan`` for tensors at hand."""
     if len(operands) == 1:
         (only,) = operands
         shapes: tuple[torch.Size, ...] = (only.shape,)
@@ -260,10 +273,9 @@ def reduce(
         shapes = tuple([t.shape for t in operands])
         strides = tuple([t.stride() for t in operands])
     device = operands[0].get_device()
-    found = plan(
+    return plan(
         reduction, shapes, strides, dims, keepdim, element, device, map_params, finish_params
     )
-    return run(found, operands, result)
 
 
 def run(plan: Plan, operands: tuple[Tensor, ...], result: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from . import linear as linear
 from . import matmul as matmul
 from . import moments as moments
 from . import reduction as reduction
+from . import scan as scan
 from . import selection as selection
 from . import vector_norm as vector_norm
 

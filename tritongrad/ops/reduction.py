@@ -27,6 +27,7 @@ from ..launchers.reduction import (
     Plan,
     Reduction,
     plan,
+    plan_for,
     reduce,
     run,
     run_many,
@@ -160,7 +161,7 @@ def _params(
 
 
 # The default of an argument without which torch reads a call differently.
-_OMITTED: Any = object()
+OMITTED: Any = object()
 
 
 def bind_total(kind_of: KindOf) -> Bind:
@@ -168,16 +169,16 @@ def bind_total(kind_of: KindOf) -> Bind:
 
     def bind(
         input: Tensor,
-        dim: Dim = _OMITTED,
-        keepdim: bool = _OMITTED,
+        dim: Dim = OMITTED,
+        keepdim: bool = OMITTED,
         *,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensors, Params]:
-        if dim is _OMITTED:
-            if keepdim is not _OMITTED:
+        if dim is OMITTED:
+            if keepdim is not OMITTED:
                 raise Unsupported("keepdim without dim")
             dim = None
-        keep = keepdim is not _OMITTED and keepdim
+        keep = keepdim is not OMITTED and keepdim
         return (input,), read(input, dim, keep, dtype, kind_of)
 
     return bind
@@ -236,16 +237,15 @@ def value_of(kind_of: KindOf, params: Params, x: Tensor) -> Tensor:
 def _plan_of(kind_of: KindOf, params: Params, x: Tensor) -> Plan:
     dims, keepdim, result, number = params[:4]
     kind, before, after = kind_of(number, count_of(x.shape, dims))
-    device = x.get_device()
-    return plan(kind, (x.shape,), (x.stride(),), dims, keepdim, result, device, before, after)
+    return plan_for((x,), kind, dims, keepdim, result, before, after)
 
 
-def _shifted(params: Params) -> Params:
+def shifted(params: Any) -> Any:
     """``params`` for an input with one more dimension, in front."""
     return params._replace(dims=tuple([d + 1 for d in params.dims]))
 
 
-def _in_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+def in_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
     if tensor is None:
         return None
     return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
@@ -301,7 +301,7 @@ def reduction(
         return push(op, params, *tensors, *outs, settle(tangents[0]))
 
     def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Any, Any]:
-        found = apply(op, _shifted(params), (_in_front(tensors[0], dims[0]),))
+        found = apply(op, shifted(params), (in_front(tensors[0], dims[0]),))
         return found, 0 if outputs == 1 else (0,) * outputs
 
     op = Op(
@@ -317,7 +317,7 @@ def reduction(
         saves=saves,
         specs=operator.attrgetter("specs"),
         rule=None if rule is None else full_rule,
-        backward=None if backward is None else _backward_op(name, full_rule, backward, outputs),
+        backward=None if backward is None else backward_op(name, full_rule, backward, outputs),
         jvp=None if rule is None else full_jvp,
         differentiable=rule is not None,
         vmap=vmap,
@@ -333,7 +333,13 @@ def reduction(
     return register(op)
 
 
-def _backward_op(name: str, rule: Any, backward: Callable[..., Any], outputs: int) -> Op:
+def backward_op(
+    name: str,
+    rule: Any,
+    backward: Callable[..., Any],
+    outputs: int = 1,
+    kernels: tuple[str, ...] = ("reduce", "pointwise_dense", "pointwise_strided"),
+) -> Op:
     """The op of ``(g, x, out)`` that computes the gradient of a reduction's input."""
 
     def forward(bp: BackwardParams, *tensors: Tensor | None) -> Any:
@@ -346,8 +352,8 @@ def _backward_op(name: str, rule: Any, backward: Callable[..., Any], outputs: in
         spec = bp.specs[0]
         assert spec is not None
         spec = spec._replace(shape=torch.Size((info.batch_size, *spec.shape)))
-        bp = bp._replace(params=_shifted(bp.params), specs=(spec,))
-        batched = tuple(_in_front(t, d) for t, d in zip(tensors, dims, strict=True))
+        bp = bp._replace(params=shifted(bp.params), specs=(spec,))
+        batched = tuple(in_front(t, d) for t, d in zip(tensors, dims, strict=True))
         return apply(op, bp, batched), 0
 
     op = Op(
@@ -356,7 +362,7 @@ def _backward_op(name: str, rule: Any, backward: Callable[..., Any], outputs: in
         forward=forward,
         reference=reference,
         vmap=vmap,
-        kernels=("reduce", "pointwise_dense", "pointwise_strided"),
+        kernels=kernels,
         dtypes=FLOATING,
         formula=f"autograd through the rule of {name}",
     )
@@ -624,7 +630,6 @@ reduction(
     "nansum", torch.nansum, T.nansum,
     bind=bind_nan(_nansum), kind_of=_nansum, rule=_nansum_rule, backward=_nansum_backward, **_nan,
     formula="dx = g * (x == x)",
-    autocast={"cuda": "float32"},
 )  # fmt: skip
 reduction(
     "nanmean", torch.nanmean, T.nanmean,
