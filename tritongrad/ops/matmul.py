@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..function import admit_pair
 from ..layout import Strides, broadcasts
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
@@ -31,6 +32,10 @@ from .contraction import (
 def _dot(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
     if len(a) != 1 or a != b:
         raise Unsupported("not two vectors of one size")
+    return INNER
+
+
+def _vecdot(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
     return INNER
 
 
@@ -74,6 +79,23 @@ def _bind_dot(input: Tensor, tensor: Tensor) -> tuple[Tensors, Params]:
     return (input, tensor), read(_dot, input, tensor)
 
 
+def _bind_vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> tuple[Tensors, Params]:
+    admit_pair(x, y)
+    rank = max(x.dim(), y.dim())
+    if type(dim) is not int or not -rank <= dim < rank:
+        raise Unsupported("dim is no dimension of the product")
+    if x.dim() == y.dim() == 1:
+        return (x, y), read(_dot, x, y)
+    dim = dim % rank - rank
+    if not broadcasts(x.shape, y.shape):
+        raise Unsupported("shapes do not broadcast")
+    if min(x.dim(), y.dim()) < -dim or x.shape[dim] != y.shape[dim]:
+        x, y = torch.broadcast_tensors(x, y)
+    if dim != -1:
+        x, y = x.movedim(dim, -1), y.movedim(dim, -1)
+    return (x, y), read(_vecdot, x, y)
+
+
 def _bind_mv(input: Tensor, vec: Tensor) -> tuple[Tensors, Params]:
     return (input, vec), read(_mv, input, vec)
 
@@ -106,6 +128,17 @@ def _dot_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(12)[::3], make(4, 2)[:, 1]), {}, "strided")
     yield Sample((make(1).expand(4), make(4)), {}, "expanded")
     yield Sample((make(0), make(0)), {}, "empty")
+
+
+def _vecdot_samples(make: Make) -> Iterator[Sample]:
+    yield Sample((make(3, 5), make(3, 5)), {}, "small")
+    yield Sample((make(4, 3), make(4, 3)), {"dim": 0}, "columns")
+    yield Sample((make(2, 3, 5), make(3, 1)), {}, "broadcast")
+    yield Sample((make(5), make(5)), {}, "vectors")
+    yield Sample((make(2, 1031), make(1031)), {}, "past one block")
+    yield Sample((make(5, 3).t(), make(3, 10)[:, ::2]), {}, "strided")
+    yield Sample((make(3, 0), make(3, 0)), {}, "nothing to sum")
+    yield Sample((make(0, 4), make(4)), {}, "no rows")
 
 
 def _mv_samples(make: Make) -> Iterator[Sample]:
@@ -162,6 +195,18 @@ register(product(
     bind=_bind_dot, kernels=REDUCTION, backward_kernels=VECTOR_BACKWARD[:2],
     formula="dx = g * y; dy = g * x",
     samples=_dot_samples, autocast={"cuda": "promote"}, opinfo=("dot",),
+))  # fmt: skip
+register(product(
+    "vdot", torch.vdot, T.vdot,
+    bind=_bind_dot, kernels=REDUCTION, backward_kernels=VECTOR_BACKWARD[:2],
+    formula="dx = g * y; dy = g * x",
+    samples=_dot_samples, autocast={"cuda": "promote"}, opinfo=("vdot",),
+))  # fmt: skip
+register(product(
+    "vecdot", torch.linalg.vecdot,
+    bind=_bind_vecdot, kernels=REDUCTION, backward_kernels=VECTOR_BACKWARD,
+    formula="dx = g * y; dy = g * x, each summed to its shape",
+    samples=_vecdot_samples, autocast=LOWER, opinfo=("linalg.vecdot",),
 ))  # fmt: skip
 register(product(
     "mv", torch.mv, T.mv,
