@@ -59,8 +59,7 @@ def pow_bwd(g, x, y, out):
 def power_or_root(x, y):
     # For the numbers 0.5 and -0.5 torch takes roots, which are not powers at -0 and -inf.
     root = m.sqrt(x)
-    inverse = m.div(tl.full(x.shape, 1, x.dtype), root)
-    return tl.where(y == 0.5, root, tl.where(y == -0.5, inverse, m.pow(x, y)))
+    return tl.where(y == 0.5, root, tl.where(y == -0.5, m.inverse(root), m.pow(x, y)))
 
 
 @triton.jit
@@ -74,7 +73,12 @@ def pow_number_bwd(g, x, y):
 
 
 @triton.jit
-def square(x, y):
+def pow_square(x, y):
+    return (x * x,)
+
+
+@triton.jit
+def square(x):
     return (x * x,)
 
 
@@ -91,3 +95,103 @@ def abs(x):
 @triton.jit
 def abs_bwd(g, x):
     return (g * m.sign(x),)
+
+
+@triton.jit
+def reciprocal(x):
+    return (m.inverse(x),)
+
+
+@triton.jit
+def reciprocal_bwd(g, out):
+    return (-g * (out * out),)
+
+
+@triton.jit
+def scale(x, factor):
+    return (x * factor,)
+
+
+@triton.jit
+def addcmul(x, y, z, value):
+    return (x + value * (y * z),)
+
+
+@triton.jit
+def addcmul_bwd(g, y, z, value):
+    return g, g * (z * value), g * (y * value)
+
+
+@triton.jit
+def addcdiv(x, y, z, value):
+    return (x + m.div(value * y, z),)
+
+
+@triton.jit
+def addcdiv_bwd(g, y, z, value):
+    return g, g * m.div(value, z), -g * m.div(value * y, z * z)
+
+
+@triton.jit
+def lerp(x, y, w):
+    # From the nearer end, so that each is met exactly.
+    far = tl.abs(w) >= 0.5
+    return (tl.where(far, y - (y - x) * (1 - w), x + w * (y - x)),)
+
+
+@triton.jit
+def lerp_bwd(g, x, y, w):
+    return g * (1 - w), g * w, g * (y - x)
+
+
+@triton.jit
+def fmod(x, y):
+    return (m.fmod(x, y),)
+
+
+@triton.jit
+def fmod_bwd(g, x, y):
+    return g, -g * m.trunc(m.div(x, y))
+
+
+@triton.jit
+def remainder(x, y):
+    r = m.fmod(x, y)
+    return (tl.where((r != 0) & ((r < 0) != (y < 0)), r + y, r),)
+
+
+@triton.jit
+def remainder_bwd(g, x, y):
+    return g, -g * floor_quotient(x, y)
+
+
+@triton.jit
+def floor_quotient(x, y):
+    """floor(x / y) of the exact quotient, as Python's: x / y may round up to an integer."""
+    r = m.fmod(x, y)
+    q = m.div(x - r, y)
+    q = tl.where((r != 0) & ((r < 0) != (y < 0)), q - 1, q)
+    low = tl.floor(q)
+    low = tl.where(q - low > 0.5, low + 1, low)
+    quotient = m.div(x, y)
+    return tl.where(y == 0, quotient, tl.where(q == 0, m.copysign(q * 0, quotient), low))
+
+
+@triton.jit
+def div_floor(x, y):
+    return (floor_quotient(x, y),)
+
+
+@triton.jit
+def div_floor_bwd(g, x, y):
+    return tl.zeros_like(g), tl.zeros_like(g)
+
+
+@triton.jit
+def div_trunc(x, y):
+    return (m.trunc(m.div(x, y)),)
+
+
+@triton.jit
+def div_trunc_bwd(g, x, y):
+    return tl.zeros_like(g), tl.zeros_like(g)

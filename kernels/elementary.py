@@ -1,9 +1,17 @@
 """Device functions of the elementary functions. See pointwise.py for their kernels."""
 
 import triton
-import triton.language as tl  # noqa: F401  (the interpreter asks for it)
+import triton.language as tl
 
 from . import math as m
+
+PI = tl.constexpr(3.141592653589793)
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN10 = tl.constexpr(2.302585092994046)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+TWO_OVER_SQRT_PI = tl.constexpr(1.1283791670955126)
+ONE_OVER_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
@@ -64,3 +72,295 @@ def tanh(x):
 @triton.jit
 def tanh_bwd(g, out):
     return (g * (1 - out * out),)
+
+
+@triton.jit
+def tan(x):
+    return (m.tan(x),)
+
+
+@triton.jit
+def tan_bwd(g, out):
+    return (g * (1 + out * out),)
+
+
+@triton.jit
+def acos(x):
+    return (m.acos(x),)
+
+
+@triton.jit
+def acos_bwd(g, x):
+    return (-m.div(g, m.sqrt(1 - x * x)),)
+
+
+@triton.jit
+def asin(x):
+    return (m.asin(x),)
+
+
+@triton.jit
+def asin_bwd(g, x):
+    return (m.div(g, m.sqrt(1 - x * x)),)
+
+
+@triton.jit
+def atan(x):
+    return (m.atan(x),)
+
+
+@triton.jit
+def atan_bwd(g, x):
+    return (m.div(g, x * x + 1),)
+
+
+@triton.jit
+def atan2(x, y):
+    return (m.atan2(x, y),)
+
+
+@triton.jit
+def atan2_bwd(g, x, y):
+    square = x * x + y * y
+    scale = tl.where(square == 0, 0, m.inverse(square))
+    return g * y * scale, g * -x * scale
+
+
+@triton.jit
+def sinh(x):
+    return (m.sinh(x),)
+
+
+@triton.jit
+def sinh_bwd(g, x):
+    return (g * m.cosh(x),)
+
+
+@triton.jit
+def cosh(x):
+    return (m.cosh(x),)
+
+
+@triton.jit
+def cosh_bwd(g, x):
+    return (g * m.sinh(x),)
+
+
+@triton.jit
+def acosh(x):
+    return (m.acosh(x),)
+
+
+@triton.jit
+def acosh_bwd(g, x):
+    return (m.div(g, m.sqrt(x * x - 1)),)
+
+
+@triton.jit
+def asinh(x):
+    return (m.asinh(x),)
+
+
+@triton.jit
+def asinh_bwd(g, x):
+    return (m.div(g, m.sqrt(x * x + 1)),)
+
+
+@triton.jit
+def atanh(x):
+    return (m.atanh(x),)
+
+
+@triton.jit
+def atanh_bwd(g, x):
+    return (m.div(g, 1 - x * x),)
+
+
+@triton.jit
+def sinc(x):
+    z = x * PI
+    return (tl.where(z == 0, 1, m.div(m.sin(z), z)),)
+
+
+@triton.jit
+def sinc_bwd(g, x):
+    z = x * PI
+    square = x * x * PI
+    slope = m.div(z * m.cos(z) - m.sin(z), square)
+    return (tl.where(square == 0, 0, g * slope),)
+
+
+@triton.jit
+def hypot(x, y):
+    return (m.hypot(x, y),)
+
+
+@triton.jit
+def hypot_bwd(g, x, y, out):
+    return m.div(g * x, out), m.div(g * y, out)
+
+
+@triton.jit
+def rsqrt(x):
+    return (m.rsqrt(x),)
+
+
+@triton.jit
+def rsqrt_bwd(g, out):
+    return (-0.5 * g * (out * out * out),)
+
+
+@triton.jit
+def exp2(x):
+    return (m.exp2(x),)
+
+
+@triton.jit
+def exp2_bwd(g, out):
+    return (g * out * LN2,)
+
+
+@triton.jit
+def expm1(x):
+    return (m.expm1(x),)
+
+
+@triton.jit
+def expm1_bwd(g, out):
+    return (g * (out + 1),)
+
+
+@triton.jit
+def log2(x):
+    return (m.log2(x),)
+
+
+@triton.jit
+def log2_bwd(g, x):
+    return (m.div(g, x * LN2),)
+
+
+@triton.jit
+def log10(x):
+    return (m.log10(x),)
+
+
+@triton.jit
+def log10_bwd(g, x):
+    return (m.div(g, x * LN10),)
+
+
+@triton.jit
+def log1p(x):
+    return (m.log1p(x),)
+
+
+@triton.jit
+def log1p_bwd(g, x):
+    return (m.div(g, x + 1),)
+
+
+@triton.jit
+def logaddexp(x, y):
+    # Of two equal infinities the difference is NaN.
+    e = tl.where(x == y, 1, m.exp(-tl.abs(x - y)))
+    return (tl.where(x > y, x, y) + m.log1p(e),)
+
+
+@triton.jit
+def logaddexp_bwd(g, x, y):
+    return m.div(g, 1 + m.exp(y - x)), m.div(g, 1 + m.exp(x - y))
+
+
+@triton.jit
+def logaddexp2(x, y):
+    e = tl.where(x == y, 1, m.exp2(-tl.abs(x - y)))
+    return (tl.where(x > y, x, y) + m.log1p(e) * LOG2_E,)
+
+
+@triton.jit
+def logaddexp2_bwd(g, x, y):
+    return m.div(g, 1 + m.exp2(y - x)), m.div(g, 1 + m.exp2(x - y))
+
+
+@triton.jit
+def xlogy(x, y):
+    return (tl.where((x == 0) & (y == y), 0, x * m.log(y)),)
+
+
+@triton.jit
+def xlogy_bwd(g, x, y):
+    dx = tl.where((g == 0) & (y == y), 0, g * m.log(y))
+    return tl.where((x == 0) & (y <= 0), 0, dx), m.div(g * x, y)
+
+
+@triton.jit
+def xlog1py(x, y):
+    return (tl.where((x == 0) & (y == y), 0, x * m.log1p(y)),)
+
+
+@triton.jit
+def xlog1py_bwd(g, x, y):
+    dx = tl.where((g == 0) & (y == y), 0, g * m.log1p(y))
+    return tl.where((x == 0) & (y <= -1), 0, dx), m.div(g * x, y + 1)
+
+
+@triton.jit
+def entr(x):
+    # Below 0 it is -inf, not log's NaN.
+    return (tl.where(x < 0, float("-inf"), tl.where(x == 0, 0, -x * m.log(x))),)
+
+
+@triton.jit
+def entr_bwd(g, x):
+    return (g * -(1 + m.log(x)),)
+
+
+@triton.jit
+def logit(x, eps):
+    # A negative eps stands for none.
+    low = tl.where(eps < 0, float("-inf"), eps)
+    x = tl.where(x < low, low, tl.where(x > 1 - low, 1 - low, x))
+    # Near 1/2 the odds are near 1, where log loses what they were rounded by; 2 x - 1 is exact.
+    middle = tl.abs(x - 0.5) < 0.2
+    odds = m.div(tl.where(middle, 2 * x - 1, x), 1 - x)
+    return (tl.where(middle, m.log1p(odds), m.log(odds)),)
+
+
+@triton.jit
+def logit_bwd(g, x, eps):
+    slope = m.div(g, x * (1 - x))
+    bare = tl.where((x < 0) | (x > 1), float("nan"), slope)
+    clamped = tl.where((x >= eps) & (x <= 1 - eps), slope, 0)
+    return (tl.where(eps < 0, bare, clamped),)
+
+
+@triton.jit
+def erf(x):
+    return (m.erf(x),)
+
+
+@triton.jit
+def erf_bwd(g, x):
+    return (m.exp(-(x * x)) * TWO_OVER_SQRT_PI * g,)
+
+
+@triton.jit
+def erfc(x):
+    return (m.erfc(x),)
+
+
+@triton.jit
+def erfc_bwd(g, x):
+    return (-m.exp(-(x * x)) * TWO_OVER_SQRT_PI * g,)
+
+
+@triton.jit
+def ndtr(x):
+    # 1 + erf would cancel in the lower tail.
+    return (0.5 * m.erfc(-x * SQRT_HALF),)
+
+
+@triton.jit
+def ndtr_bwd(g, x):
+    return (m.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI * g,)

@@ -17,8 +17,9 @@ import triton.language as tl
 
 # 1024 elements over 4 warps are 8 a thread: one 16-byte access in half precision, two in float32.
 DENSE_BLOCK = 1024
-# The strided kernel's tile: rows of the collapsed outer dimensions by columns of the inner one.
-STRIDED_TILE = 1024
+# The strided kernel's tile: rows of the collapsed outer dimensions by columns of the inner one. By
+# bytes, so that float64, whose functions need the registers, has half as many elements a thread.
+STRIDED_TILE_BYTES = 4096
 
 
 @triton.jit

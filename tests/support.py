@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from tritongrad.function import torch_name
 from tritongrad.op import OPS, Op
 from tritongrad.runtime import INTERPRETED
 from tritongrad.sampling import Random, Sample, tensors
+
+F = torch.nn.functional
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 """Where our kernels run on this machine."""
@@ -125,8 +128,9 @@ def assert_as_accurate(
     """
     results = zip(flatten(actual), flatten(native), flatten(exact), strict=True)
     for i, (a, n, e) in enumerate(results):
+        # float64 from operands of half precision has no wider truth.
         if not isinstance(n, Tensor) or n.dtype not in (torch.float16, torch.bfloat16):
-            assert_same(a, n, f"{what}[{i}]")  # with dtype=, a half type's result may be wide
+            assert_same(a, n, f"{what}[{i}]")
             continue
         assert (a.dtype, a.shape) == (n.dtype, n.shape), f"{what}: {a.dtype}{list(a.shape)}"
         info = torch.finfo(n.dtype)
@@ -152,6 +156,17 @@ def assert_as_accurate(
         )
 
 
+STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
+    # torch's has no second derivative, and its first is float32's 1 / 6 in float64 too.
+    F.hardsigmoid: lambda input: torch.where(
+        (input > -3) & (input < 3), input / 6 + 0.5, F.hardsigmoid(input.detach())
+    ),
+    # torch's is 0 in the lower tail, from where 1 + erf cancels.
+    torch.special.ndtr: lambda input: 0.5 * torch.erfc(-math.sqrt(0.5) * input),
+}
+"""torch function -> what is compared with in its place: the same, composed of other functions."""
+
+
 class Call:
     """A sample as a function of the inputs that it is differentiated by.
 
@@ -159,12 +174,14 @@ class Call:
         op: the op that takes the call.
         sample: the arguments.
         func: the torch callable, by default the op's first.
+        native: what runs on torch, ``func`` or its equal.
         inputs: leaves that require a gradient, with the values and strides of the sample's.
     """
 
     def __init__(self, op: Op, sample: Sample, func: Callable[..., Any] | None = None) -> None:
         self.op = op
         self.func = func or op.replaces[0]
+        self.native = STAND_INS.get(self.func, self.func)
         self.sample = sample
         # A dictionary, because a tensor may be two arguments of one call.
         originals = {id(t): t for t in tensors(sample) if t.requires_grad}
@@ -196,6 +213,11 @@ class Call:
 
     def torch(self, *inputs: Tensor) -> Any:
         """The call on native torch."""
+        args, kwargs = self.arguments(inputs)
+        return self.native(*args, **kwargs)
+
+    def original(self, *inputs: Tensor) -> Any:
+        """The call on native torch, of ``func`` itself."""
         args, kwargs = self.arguments(inputs)
         return self.func(*args, **kwargs)
 
@@ -307,6 +329,22 @@ def terms(function: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.d
             gradient[j] += (g.flatten().square() @ matrix).view(d.shape)
             tangents[i] += (matrix @ d.flatten().square()).view(g.shape)
     return Terms([t.sqrt() for t in gradient], [t.detach().sqrt() for t in tangents])
+
+
+def assert_derivatives_same(
+    actual: Derivatives, expected: Derivatives, what: str, exact: Callable[[], Any] | None = None
+) -> None:
+    """Fail unless ``actual`` is what native torch gave. One way only: where torch's derivative is
+    constant and has none of its own, ours may have zeros."""
+    ours, theirs = actual.attached, expected.attached
+    assert all(a or not e for a, e in zip(ours, theirs, strict=False)), f"{what}: {ours}, {theirs}"
+    longest = max(len(actual.second), len(expected.second))
+
+    def padded(found: Derivatives) -> Derivatives:
+        missing = longest - len(found.second)
+        return found._replace(attached=[], second=[*found.second, *[None] * missing])
+
+    assert_same(padded(actual), padded(expected), what, exact=exact and (lambda: padded(exact())))
 
 
 def calls(op: Op, dtype: torch.dtype = torch.float64) -> list[Call]:

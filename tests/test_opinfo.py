@@ -8,7 +8,6 @@ gradients and forward-mode derivatives, in every dtype, and every spelling of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from support import (
     Call,
     Derivatives,
     assert_as_accurate,
+    assert_derivatives_same,
     assert_same,
     derivatives,
     terms,
@@ -66,8 +66,9 @@ def rerouted(call: Call, sessions: list[Session]) -> Callable[..., Any]:
     """The call inside ``use()``; what each session saw is appended to ``sessions``."""
 
     def function(*inputs: Tensor) -> Any:
+        args, kwargs = call.arguments(inputs)
         with tritongrad.use() as session:
-            result = call.torch(*inputs)
+            result = call.func(*args, **kwargs)
         sessions.append(session)
         return result
 
@@ -104,7 +105,9 @@ def test_derivatives_equal_torchs(name: str, entry: str, dtype: torch.dtype) -> 
             wide = call.double()
             return derivatives(wide.torch, wide.inputs, dtype)
 
-        assert_same(ours, theirs, repr(call), exact=None if dtype is torch.float64 else exact)
+        assert_derivatives_same(
+            ours, theirs, repr(call), exact=None if dtype is torch.float64 else exact
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -159,7 +162,8 @@ def test_in_place_stays_with_torch(name: str, entry: str) -> None:
     info = INFOS[entry]
     variants = [info.inplace_variant, *(a.inplace_variant for a in info.aliases)]
     for function in filter(None, variants):
-        for sample in info.sample_inputs(DEVICE, torch.float32):
+        # float64, which float_power's result would not fit otherwise.
+        for sample in info.sample_inputs(DEVICE, torch.float64):
             if sample.broadcasts_input:
                 continue
             target, expected = sample.input.clone(), sample.input.clone()
@@ -170,6 +174,16 @@ def test_in_place_stays_with_torch(name: str, entry: str) -> None:
             assert {reason for _, reason in session.fell_back} == {"in-place"}
             assert not session.ran
             assert torch.equal(target, expected)
+
+
+def refuses(call: Callable[[], Any]) -> bool:
+    """Whether torch does; it takes some calls that OpInfo lists, and a reflected operator without a
+    tensor hands on to the other operand."""
+    try:
+        call()
+    except Exception:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(
@@ -183,8 +197,7 @@ def test_refuses_what_torch_refuses(name: str, entry: str) -> None:
     for refused in info.error_inputs(DEVICE.type):
         sample = refused.sample_input
         call = partial(info.op, sample.input, *sample.args, **sample.kwargs)
-        with suppress(refused.error_type):
-            assert call() is NotImplemented  # a reflected operator without a tensor
+        if not refuses(call):
             continue
         with (
             tritongrad.use() as session,

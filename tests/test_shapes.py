@@ -76,6 +76,8 @@ def test_input_layout(name: str, layout: str) -> None:
         return found, gradients(linked(found), inputs)
 
     for call in small(name, most=3):
+        if layout == "negated lazily" and call.native is not call.func:
+            continue  # torch runs it, and would be compared with what stands in for it
         ours = run(lambda *inputs, call=call: direct(call, inputs), call.inputs)
         theirs = run(call.torch, call.inputs)
         assert_same(ours, theirs, str(call))

@@ -570,16 +570,16 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
             ]
             values = outputs(*primals)
             linked = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
-            # Nothing to go back through where the rule is constant (the sign's, for one).
-            found = [None] * len(wanted)
-            if linked:
-                found = torch.autograd.grad(
-                    [v for v, _ in linked],
-                    primals,
-                    [c for _, c in linked],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
+            # Zeros where the rule does not depend on what it was given (a kink's slope): so torch
+            # answers, instead of calling its input unused.
+            found = torch.autograd.grad(
+                [v for v, _ in linked],
+                primals,
+                [c for _, c in linked],
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=len(received) == len(grads),
+            )
     results = dict(zip(wanted, found, strict=True))
     return tuple(results.get(i) for i in range(len(needs)))
 

@@ -69,6 +69,8 @@ for _name, _sign in (
 
 
 def formula(rule: Callable[..., Any]) -> str:
-    """The expression that ``rule`` computes, in its own parameter names."""
-    result = rule(**{name: Symbol(name) for name in inspect.signature(rule).parameters})
+    """The expression that ``rule`` computes, in its own parameter names; those that have a default
+    keep it."""
+    parameters = inspect.signature(rule).parameters.values()
+    result = rule(**{p.name: Symbol(p.name) for p in parameters if p.default is p.empty})
     return str(result)

@@ -117,7 +117,7 @@ def _strided(
         return outs
     sizes, merged = collapse(shape, [out_strides, *strides], order)
     n = shape.numel()
-    wide = n > INT32_MAX - k.STRIDED_TILE or any(reach(sizes, s) > INT32_MAX for s in merged)
+    wide = n > INT32_MAX - k.STRIDED_TILE_BYTES or any(reach(sizes, s) > INT32_MAX for s in merged)
     common = {
         "F": function,
         "RAW": raw,
@@ -138,8 +138,9 @@ def _strided(
         return outs
     columns, outer = sizes[0], tuple(sizes[1:])
     rows = n // columns
-    block_columns = min(next_power_of_two(columns), k.STRIDED_TILE)
-    block_rows = k.STRIDED_TILE // block_columns
+    tile = k.STRIDED_TILE_BYTES // compute.itemsize
+    block_columns = min(next_power_of_two(columns), tile)
+    block_rows = tile // block_columns
     walk = iter(merged[1:])
     in_strides = tuple([tuple(next(walk)) if t is not None else () for t in operands])
     grid = (-(-rows // block_rows) * -(-columns // block_columns),)

@@ -10,6 +10,8 @@ all. The other tables: selection.py, elementary.py, activation.py.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,7 +23,11 @@ from ..dtypes import Number
 from ..kernels import arithmetic as k
 from ..sampling import Make, Sample
 from .operands import (
+    binary_bind,
+    bind_addc,
     bind_div,
+    bind_float_power,
+    bind_lerp,
     bind_pow,
     bind_radd,
     bind_rdiv,
@@ -31,9 +37,10 @@ from .operands import (
     bind_sub,
     bind_two,
     reflected,
+    unary,
     unary_bind,
 )
-from .rows import number_samples, row, standard_samples
+from .rows import number_samples, row, spelled, standard_samples
 
 T = Tensor
 pointwise = partial(row, k)
@@ -59,6 +66,30 @@ def _pow_samples(make: Make) -> Iterator[Sample]:
     yield Sample((1.5, make(3, 5)), {}, "number to a tensor's power")
 
 
+def _div_samples(make: Make) -> Iterator[Sample]:
+    yield from number_samples(0.5, 2.0)(make)
+    # Away from the integers, where the quotient steps.
+    for mode in ("floor", "trunc"):
+        x, y = make(3, 5, low=-0.9, high=-0.1), make(3, 5, low=1.0)
+        yield Sample((x, y), {"rounding_mode": mode}, mode)
+
+
+def _factor_samples(make: Make) -> Iterator[Sample]:
+    yield from standard_samples(3, 0.5, 2.0)(make)
+    yield Sample((make(3, 5), make(3, 5), make(3, 5, low=0.5)), {"value": -2.5}, "value")
+
+
+def _lerp_samples(make: Make) -> Iterator[Sample]:
+    yield from standard_samples(3, -0.4, 2.0)(make)
+    yield Sample((make(3, 5), make(5), 0.3), {}, "number")
+
+
+def _remainder_samples(make: Make) -> Iterator[Sample]:
+    yield from standard_samples(2, 0.5, 2.0)(make)
+    # Away from multiples of the divisor.
+    yield Sample((make(3, 5, low=-0.9, high=-0.1), 1.5), {}, "number")
+
+
 def power_slope(g: Tensor, x: Any, y: Any) -> Tensor:
     """d/dx of x ** y, which is 0 for y = 0 whatever x is."""
     if isinstance(y, (int, float)):
@@ -77,16 +108,47 @@ def exponent_slope(g: Tensor, x: Any, y: Tensor, out: Tensor) -> Tensor:
 
 
 def _raised_to(exponent: Number) -> tuple[Any, Any]:
-    return (k.square, k.square_bwd) if exponent == 2 else (k.pow_number, k.pow_number_bwd)
+    return (k.pow_square, k.square_bwd) if exponent == 2 else (k.pow_number, k.pow_number_bwd)
 
 
-def quotient_tangent(dx: Tensor | None, dy: Tensor | None, y: Any, out: Tensor) -> Tensor:
+def quotient_slope(g: Tensor, x: Any, y: Any, form: str = "") -> Tensor:
+    """d/dy of x / y; a rounded quotient is constant."""
+    return torch.zeros_like(g) if form else -g * ((x / y) / y)
+
+
+def quotient_tangent(
+    dx: Tensor | None, dy: Tensor | None, y: Any, out: Tensor, form: str
+) -> Tensor:
     """Divided once, after the difference: at y = 0 two quotients would be infinities of either
     sign."""
+    if form:
+        return torch.zeros_like(out)
     if dy is None:
         assert dx is not None
         return dx / y
     return (-dy * out if dx is None else dx - dy * out) / y
+
+
+def fraction_tangent(
+    dx: Tensor | None, dy: Tensor | None, dz: Tensor | None, y: Tensor, z: Tensor, value: Any
+) -> Tensor:
+    parts = [] if dx is None else [dx]
+    if dy is not None:
+        parts.append(dy / z * value)
+    if dz is not None:
+        parts.append(-(dz * (y / z) / z * value))
+    return functools.reduce(torch.add, parts)
+
+
+def mixture_tangent(
+    dx: Tensor | None, dy: Tensor | None, dw: Tensor | None, x: Tensor, y: Tensor, w: Any
+) -> Tensor:
+    """torch mixes tangents of zero too, which an infinite weight turns into NaN."""
+    like = next(d for d in (dx, dy, dw) if d is not None)
+    zero = torch.zeros_like(like)
+    weight = w.to(like.dtype) if isinstance(w, Tensor) else w
+    mixed = torch.lerp(zero if dx is None else dx, zero if dy is None else dy, weight)
+    return mixed if dw is None else mixed + dw * (y - x)
 
 
 pointwise(
@@ -124,10 +186,17 @@ pointwise(
     bind=bind_div,
     variants={T.__rdiv__: bind_rdiv, T.__rtruediv__: bind_rdiv},
     inputs=("x", "y"),
-    rules={"x": lambda g, y: g / y, "y": lambda g, x, y: -g * ((x / y) / y)},
+    forms=("", "_floor", "_trunc"),
+    rules={
+        "x": lambda g, y, form="": torch.zeros_like(g) if form else g / y,
+        "y": quotient_slope,
+    },
     jvp=quotient_tangent,
-    samples=number_samples(0.5, 2.0),
-    opinfo=("div.no_rounding_mode", "true_divide", "__rdiv__"),
+    samples=_div_samples,
+    opinfo=(
+        "div.no_rounding_mode", "div.floor_rounding", "div.trunc_rounding", "true_divide",
+        "__rdiv__",
+    ),
 )  # fmt: skip
 pointwise(
     "pow", torch.pow, T.pow, T.__pow__,
@@ -150,4 +219,96 @@ pointwise(
 pointwise(
     "abs", torch.abs, torch.absolute, T.abs, T.absolute, T.__abs__,
     bind=unary_bind(False), rules={"x": lambda g, x: g * torch.sign(x)},
+)  # fmt: skip
+pointwise(
+    "float_power", *spelled("float_power"),
+    bind=bind_float_power,
+    inputs=("x", "y"),
+    device="pow",
+    rules={
+        "x": lambda g, x, y: power_slope(g, x, y),
+        "y": lambda g, x, y, out: exponent_slope(g, x, y, out),
+    },
+    for_number=_raised_to,
+    samples=number_samples(0.2, 2.0),
+)  # fmt: skip
+pointwise(
+    "square", *spelled("square"),
+    bind=unary_bind(False), rules={"x": lambda g, x: g * (2 * x)},
+)  # fmt: skip
+pointwise(
+    "reciprocal", *spelled("reciprocal"),
+    bind=unary_bind(True), rules={"x": lambda g, out: -g * (out * out)}, low=0.3,
+    autocast={"cuda": "float32"},
+)  # fmt: skip
+pointwise(
+    "deg2rad", *spelled("deg2rad"),
+    bind=lambda input: unary(input, math.pi / 180, to_float=True), consts=("factor",),
+    device="scale", rules={"x": lambda g, factor: g * factor},
+)  # fmt: skip
+pointwise(
+    "rad2deg", *spelled("rad2deg"),
+    bind=lambda input: unary(input, 180 / math.pi, to_float=True), consts=("factor",),
+    device="scale", rules={"x": lambda g, factor: g * factor},
+)  # fmt: skip
+pointwise(
+    "addcmul", *spelled("addcmul"),
+    bind=bind_addc,
+    inputs=("x", "y", "z"),
+    consts=("value",),
+    rules={
+        "x": lambda g: g,
+        "y": lambda g, z, value: g * (z * value),
+        "z": lambda g, y, value: g * (y * value),
+    },
+    samples=_factor_samples,
+    autocast={"cuda": "promote"},
+)  # fmt: skip
+pointwise(
+    "addcdiv", *spelled("addcdiv"),
+    bind=bind_addc,
+    inputs=("x", "y", "z"),
+    consts=("value",),
+    rules={
+        "x": lambda g: g,
+        "y": lambda g, z, value: g * (value / z),
+        "z": lambda g, y, z, value: -g * (value * y / (z * z)),
+    },
+    jvp=fraction_tangent,
+    samples=_factor_samples,
+    autocast={"cuda": "promote"},
+)  # fmt: skip
+pointwise(
+    "lerp", *spelled("lerp"),
+    bind=bind_lerp,
+    inputs=("x", "y", "w"),
+    rules={
+        "x": lambda g, w: g * (1 - w),
+        "y": lambda g, w: g * w,
+        "w": lambda g, x, y: g * (y - x),
+    },
+    jvp=mixture_tangent,
+    samples=_lerp_samples,
+)  # fmt: skip
+pointwise(
+    "fmod", *spelled("fmod"),
+    bind=binary_bind(),
+    inputs=("x", "y"),
+    rules={
+        "x": lambda g: g,
+        "y": lambda g, x, y: -g * torch.div(x, y, rounding_mode="trunc"),
+    },
+    samples=_remainder_samples,
+)  # fmt: skip
+pointwise(
+    "remainder", *spelled("remainder"), T.__mod__,
+    bind=binary_bind(numbers="any"),
+    variants={T.__rmod__: reflected(binary_bind(numbers="any"))},
+    inputs=("x", "y"),
+    rules={
+        "x": lambda g: g,
+        "y": lambda g, x, y: -g * torch.div(x, y, rounding_mode="floor"),
+    },
+    samples=_remainder_samples,
+    opinfo=("remainder", "__rmod__"),
 )  # fmt: skip

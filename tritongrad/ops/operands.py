@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
 from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit, admit_pair
-from ..layout import broadcasts
+from ..layout import broadcast_shape, broadcasts
 from ..op import Bind, OtherOverload, Tensors, Unsupported
 from ..runtime import DEVICE_TYPES
 
@@ -26,12 +27,14 @@ class Params(NamedTuple):
         consts: the op's parameters, ``alpha`` for instance.
         result: dtype that torch's promotion gives.
         specs: () if all inputs are tensors of the result's shape and dtype, else None.
+        form: which of the op's device functions, of those that ``row`` was given.
     """
 
     scalars: tuple[Number | None, ...]
     consts: tuple[Number, ...]
     result: torch.dtype
     specs: tuple[()] | None = None
+    form: str = ""
 
 
 # The parameters of most calls, made once.
@@ -43,8 +46,15 @@ def _promoted(*values: Any) -> torch.dtype:
     """dtype of the result of a floating operation on ``values``, by torch's promotion."""
     if len(values) == 1:
         result = values[0].dtype
-    else:
+    elif len(values) == 2:
         result = torch.result_type(*values)
+    else:
+        # Tensors with dimensions decide before those without, and those before numbers.
+        first, *rest = sorted(values, key=_rank)
+        result = first.dtype
+        for value in rest:
+            so_far = torch.empty((1,) if _rank(first) == 0 else (), dtype=result)
+            result = torch.result_type(so_far, value)
     if result in FLOATING:
         return result
     if result.is_complex:
@@ -52,6 +62,12 @@ def _promoted(*values: Any) -> torch.dtype:
     if result not in INTEGRAL:
         raise Unsupported(f"dtype {str(result).removeprefix('torch.')}")
     return result
+
+
+def _rank(value: Any) -> int:
+    if not isinstance(value, Tensor):
+        return 2
+    return 0 if value.dim() else 1
 
 
 def _operands(
@@ -118,6 +134,26 @@ def unary_bind(to_float: bool) -> Bind:
     return bind
 
 
+_unary_float, _unary_same = unary_bind(True), unary_bind(False)
+
+
+def unary(
+    input: Tensor,
+    *consts: Number,
+    to_float: bool = False,
+    inplace: bool = False,
+    form: str = "",
+) -> tuple[Tensors, Params]:
+    """A call of one tensor and the op's numbers."""
+    if inplace:
+        raise Unsupported("in-place")
+    for value in consts:
+        if not is_number(value):
+            raise Unsupported(f"a {type(value).__name__} in a number's place")
+    tensors, params = (_unary_float if to_float else _unary_same)(input)
+    return tensors, params._replace(consts=consts, form=form)
+
+
 def _binary(input: Any, other: Any, to_float: bool = False) -> tuple[Tensors, Params]:
     if type(input) in PLAIN_TYPES:
         dtype = input.dtype
@@ -139,17 +175,22 @@ def _binary(input: Any, other: Any, to_float: bool = False) -> tuple[Tensors, Pa
     return tensors, Params(scalars, (), result)
 
 
-def bind_two(input: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
-    if not isinstance(input, Tensor):
-        raise Unsupported(f"input is a {type(input).__name__}")
-    return _binary(input, other)
+def binary_bind(to_float: bool = False, numbers: str = "right") -> Bind:
+    """``(input, other)``; ``numbers`` says which of them may be a number: "none", "right", "any".
+    Beside a tensor that is, of numbers alone torch makes none of these functions."""
+
+    def bind(input: Tensor | Number, other: Tensor | Number) -> tuple[Tensors, Params]:
+        if numbers != "any" and not isinstance(input, Tensor):
+            raise Unsupported(f"input is a {type(input).__name__}")
+        if numbers == "none" and not isinstance(other, Tensor):
+            raise Unsupported(f"other is a {type(other).__name__}")
+        return _binary(input, other, to_float)
+
+    return bind
 
 
-def bind_tensors(input: Tensor, other: Tensor) -> tuple[Tensors, Params]:
-    """As ``bind_two``, of an op that takes no number for its second operand."""
-    if not isinstance(other, Tensor):
-        raise Unsupported(f"other is a {type(other).__name__}")
-    return bind_two(input, other)
+bind_two = binary_bind()
+bind_tensors = binary_bind(numbers="none")
 
 
 def bind_pair(input: Tensor, other: Any = None) -> tuple[Tensors, Params]:
@@ -216,11 +257,14 @@ def bind_rsub(
 def bind_div(
     input: Tensor, other: Tensor | Number, *, rounding_mode: str | None = None
 ) -> tuple[Tensors, Params]:
-    if rounding_mode is not None:
-        raise Unsupported("rounding_mode")
     if not isinstance(input, Tensor):
         raise Unsupported(f"input is a {type(input).__name__}")
-    return _binary(input, other, True)
+    if rounding_mode is None:
+        return _binary(input, other, True)
+    if rounding_mode not in ("floor", "trunc"):
+        raise Unsupported(f"rounding_mode is {rounding_mode!r}")
+    tensors, params = _binary(input, other)
+    return tensors, params._replace(form=f"_{rounding_mode}")
 
 
 def bind_rmul(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
@@ -237,6 +281,79 @@ def bind_pow(input: Tensor | Number, exponent: Tensor | Number) -> tuple[Tensors
     if isinstance(exponent, Tensor) and exponent.dtype is torch.bool:
         raise Unsupported("bool exponent, of which torch has no slope")
     return _binary(input, exponent, False)
+
+
+def _ternary(names: tuple[str, str, str], *values: Any) -> tuple[Tensors, Params]:
+    tensors, scalars, result = _operands(names, values, False)
+    shape = None if tensors[0] is None else tensors[0].shape
+    if all(t is not None and t.shape == shape and t.dtype is result for t in tensors):
+        return tensors, _UNIFORM[result]
+    return tensors, Params(scalars, (), result)
+
+
+def bind_addc(
+    input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Number = 1
+) -> tuple[Tensors, Params]:
+    for operand in (input, tensor1, tensor2):
+        if not isinstance(operand, Tensor):
+            raise Unsupported(f"a {type(operand).__name__} in a tensor's place")
+    if not is_number(value):
+        raise Unsupported(f"value is a {type(value).__name__}")
+    tensors, params = _ternary(("input", "tensor1", "tensor2"), input, tensor1, tensor2)
+    return tensors, params._replace(consts=(value,))
+
+
+def bind_lerp(input: Tensor, end: Tensor, weight: Tensor | Number) -> tuple[Tensors, Params]:
+    given = [v for v in (input, end, weight) if isinstance(v, Tensor)]
+    if len(given) + is_number(weight) < 3:
+        raise Unsupported("operands are not tensors")
+    if len({t.dtype for t in given}) > 1:
+        raise Unsupported("different dtypes")
+    return _ternary(("input", "end", "weight"), input, end, weight)
+
+
+def bind_clamp(
+    input: Tensor, min: Tensor | Number | None = None, max: Tensor | Number | None = None
+) -> tuple[Tensors, Params]:
+    if not isinstance(input, Tensor):
+        raise Unsupported(f"input is a {type(input).__name__}")
+    bounds = [b for b in (min, max) if b is not None]
+    if not bounds:
+        raise Unsupported("no bound")
+    if len(bounds) == 2 and isinstance(min, Tensor) != isinstance(max, Tensor):
+        raise Unsupported("a tensor and a number as bounds")
+    # An absent bound is one that nothing passes; it has no part in the promotion.
+    low = -math.inf if min is None else min
+    high = math.inf if max is None else max
+    tensors, params = _ternary(("input", "min", "max"), input, low, high)
+    params = params._replace(form="" if len(bounds) == 2 else "_open")
+    if input.dtype not in FLOATING and _promoted(input, *bounds) not in FLOATING:
+        raise Unsupported("integer result")
+    return tensors, params
+
+
+def bind_masked_fill(input: Tensor, mask: Tensor, value: Tensor | Number) -> tuple[Tensors, Params]:
+    if not isinstance(input, Tensor) or not isinstance(mask, Tensor):
+        raise Unsupported("operands are not tensors")
+    if mask.dtype is not torch.bool:
+        raise Unsupported("mask is not a bool tensor")
+    if input.dtype not in FLOATING:
+        raise Unsupported("integer result")
+    if isinstance(value, Tensor):
+        if value.dim() or value.dtype is not input.dtype:
+            raise Unsupported("value is not a 0-dim tensor of the input's dtype")
+    elif is_number(value) and torch.finfo(input.dtype).max < abs(value) < math.inf:
+        raise Unsupported("value beyond the input's dtype")
+    tensors, params = _ternary(("input", "mask", "value"), input, mask, value)
+    # torch's result is contiguous whatever the layout of its operands.
+    full = input.expand(broadcast_shape((input, mask))).contiguous()
+    return (full, *tensors[1:]), params
+
+
+def bind_float_power(input: Tensor | Number, exponent: Tensor | Number) -> tuple[Tensors, Params]:
+    tensors, params = _binary(input, exponent, True)
+    specs = params.specs if params.result is torch.float64 else None
+    return tensors, params._replace(result=torch.float64, specs=specs)
 
 
 def bind_where(
@@ -289,7 +406,75 @@ def bind_where_method(
     return bind_where(condition, self, other)
 
 
+def bind_round(input: Tensor, *, decimals: int = 0) -> tuple[Tensors, Params]:
+    if type(decimals) is not int or abs(decimals) > 308:
+        raise Unsupported(f"decimals is {decimals!r}")
+    if decimals == 0:
+        return _unary_same(input)
+    power = 10.0 ** abs(decimals)
+    return unary(input, *((power, 1.0) if decimals > 0 else (1.0, power)), form="_decimals")
+
+
+def bind_nan_to_num(
+    input: Tensor,
+    nan: float | None = None,
+    posinf: float | None = None,
+    neginf: float | None = None,
+) -> tuple[Tensors, Params]:
+    _, params = _unary_same(input)
+    info = torch.finfo(params.result)
+    given = zip((nan, posinf, neginf), (0.0, info.max, info.min), strict=True)
+    return unary(input, *[default if value is None else value for value, default in given])
+
+
+def bind_gelu(input: Tensor, *, approximate: str = "none") -> tuple[Tensors, Params]:
+    if approximate not in ("none", "tanh"):
+        raise Unsupported(f"approximate is {approximate!r}")
+    return unary(input, form="_tanh" if approximate == "tanh" else "")
+
+
+def bind_hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> tuple[Tensors, Params]:
+    found = unary(input, min_val, max_val, inplace=inplace)
+    if min_val > max_val:
+        raise Unsupported("min_val is above max_val")
+    return found
+
+
+def bind_softshrink(input: Tensor, lambd: float = 0.5) -> tuple[Tensors, Params]:
+    found = unary(input, lambd)
+    if lambd < 0:
+        raise Unsupported("lambd is negative")
+    return found
+
+
+def bind_celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> tuple[Tensors, Params]:
+    found = unary(input, alpha, inplace=inplace)
+    if alpha == 0:
+        raise Unsupported("alpha is zero")
+    return found[0], found[1]._replace(consts=(alpha, 1.0, 1.0 / alpha))
+
+
+def bind_prelu(input: Tensor, weight: Tensor) -> tuple[Tensors, Params]:
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        raise Unsupported("operands are not tensors")
+    if input.dtype is not weight.dtype:
+        raise Unsupported("different dtypes")
+    if weight.dim() > 1:
+        raise Unsupported("weight has several dimensions")
+    admit(weight)
+    if weight.numel() == 1:
+        weight = weight.reshape(())
+    elif input.dim() > 1 and weight.numel() == input.shape[1]:
+        # A weight for each channel, which is the second dimension.
+        weight = weight.reshape(-1, *[1] * (input.dim() - 2))
+    else:
+        raise Unsupported("as many weights as channels, or one")
+    return _binary(input, weight)
+
+
 def bind_relu_function(input: Tensor, inplace: bool = False) -> tuple[Tensors, Params]:
     if inplace:
         raise Unsupported("in-place")
-    return unary_bind(False)(input)
+    return _unary_same(input)

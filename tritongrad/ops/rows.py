@@ -41,6 +41,14 @@ def reduce_to(value: Tensor, spec: Spec) -> Tensor:
     return value if value.dtype is spec.dtype else value.to(spec.dtype)
 
 
+def spelled(*names: str) -> tuple[Callable[..., Any], ...]:
+    """The torch callables of these names: functions, those of torch.special and torch.nn.functional
+    too, and methods. For rows whose spellings all have one signature."""
+    rooms = (torch, torch.special, torch.nn.functional, Tensor)
+    found = [getattr(room, name) for name in names for room in rooms if hasattr(room, name)]
+    return tuple(dict.fromkeys(found))
+
+
 def row(
     functions: ModuleType,
     name: str,
@@ -51,6 +59,8 @@ def row(
     consts: tuple[str, ...] = (),
     jvp: Callable[..., Tensor] | None = None,
     for_number: Callable[[Number], tuple[Any, Any]] | None = None,
+    device: str | None = None,
+    forms: tuple[str, ...] = ("",),
     variants: Mapping[Callable[..., Any], Bind] | None = None,
     shares: tuple[Callable[..., Any], ...] = (),
     boolean: bool = False,
@@ -66,8 +76,12 @@ def row(
     Args:
         functions: the kernel file with its device functions, ``name`` and ``name_bwd``; without the
             latter the rules are evaluated instead.
+        device: the device functions' name where it is not the op's.
+        forms: the op's device functions are ``name + form`` and ``name + form + "_bwd"``, where
+            ``bind`` says which; the rules may ask for ``form`` too.
         targets: torch callables with ``bind``'s signature.
-        rules: input -> its gradient, a function of ``g`` and any of the inputs, ``out``, consts.
+        rules: input -> its gradient, a function of ``g`` and any of the inputs, ``out``, consts,
+            ``form``.
         inputs: names of the inputs; ``c`` is a condition, which has no gradient.
         jvp: the tangent of the result, for an op where torch does not just add what the rules make
             of each input's: a function of ``dx``, ``dy`` (None for an input without one), and of
@@ -79,23 +93,29 @@ def row(
         boolean: a comparison: bool result, no derivative.
         low, high: range of sample values where the op is smooth.
     """
-    forward_function = getattr(functions, name)
-    backward_function = getattr(functions, f"{name}_bwd", None)
+    device = device or name
+    forward_functions = {form: getattr(functions, device + form) for form in forms}
+    backward_functions = {
+        form: getattr(functions, f"{device}{form}_bwd")
+        for form in forms
+        if hasattr(functions, f"{device}{form}_bwd")
+    }
     raw = sum(1 << i for i, n in enumerate(inputs) if n == "c")
     arity = len(inputs)
     slots = {"out": arity} | {n: i for i, n in enumerate(inputs)}
     wants = {n: tuple(inspect.signature(rule).parameters) for n, rule in rules.items()}
 
-    # What the dense kernel is compiled for when all operands are alike, by dtype.
+    # What the dense kernel is compiled for when all operands are alike, by form and dtype.
     metas = {
-        dtype: {
-            "F": forward_function,
+        (form, dtype): {
+            "F": function,
             "RAW": raw,
             "RESULT": TRITON_DTYPE[dtype],
             "COMPUTE": TRITON_DTYPE[COMPUTE_DTYPE[dtype]],
             "WIDE": False,
             "BLOCK": k.DENSE_BLOCK,
         }
+        for form, function in forward_functions.items()
         for dtype in FLOATING
     }
 
@@ -122,10 +142,10 @@ def row(
                         (-(-n // k.DENSE_BLOCK),),
                         ((result,), tensors, (), numbers, n),
                         result,
-                        metas[params.result],
+                        metas[params.form, params.result],
                     )
                     return result
-        function, scalars = forward_function, params.scalars
+        function, scalars = forward_functions[params.form], params.scalars
         if for_number is not None and scalars and scalars[-1] is not None:
             function, _ = for_number(scalars[-1])
         dtype = torch.bool if boolean else params.result
@@ -135,22 +155,28 @@ def row(
         assert out is not None
         return out
 
-    kept: dict[Needs, tuple[int, ...]] = {}
+    kept: dict[tuple[Needs, tuple[bool, ...]], tuple[int, ...]] = {}
 
     def saves(params: Params, needs: Needs) -> tuple[int, ...]:
+        numbers = tuple([v is not None for v in params.scalars]) if params.scalars else ()
         try:
-            return kept[needs]
+            return kept[needs, numbers]
         except KeyError:
             wanted = {n for i, n in enumerate(inputs) if needs[i] for n in wants[n]}
-            kept[needs] = tuple(sorted(slots[n] for n in wanted if n in slots))
-            return kept[needs]
+            wanted -= {n for n, number in zip(inputs, numbers, strict=False) if number}
+            kept[needs, numbers] = tuple(sorted(slots[n] for n in wanted if n in slots))
+            return kept[needs, numbers]
 
     def named(params: Params, saved: Tensors) -> dict[str, Any]:
-        values: dict[str, Any] = {"out": saved[arity]}
+        values: dict[str, Any] = {"out": saved[arity], "form": params.form}
         for i, n in enumerate(inputs):
             number = params.scalars[i] if params.scalars else None
-            values[n] = saved[i] if number is None else number
-        return values | dict(zip(consts, params.consts, strict=True))
+            tensor = saved[i]
+            if tensor is not None and n != "c" and tensor.dtype is not params.result:
+                tensor = tensor.to(params.result)
+            values[n] = tensor if number is None else number
+        # Not strict: a form may have fewer of them.
+        return values | dict(zip(consts, params.consts, strict=False))
 
     def rule(params: Params, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors) -> Tensors:
         values = named(params, saved) | {"g": grads[0]}
@@ -208,8 +234,8 @@ def row(
         saves=saves,
         specs=operator.attrgetter("specs"),
         rule=rule if rules else None,
-        backward=_backward_op(name, backward_function, inputs, for_number, rule, wants)
-        if backward_function is not None
+        backward=_backward_op(name, backward_functions, inputs, for_number, rule, wants)
+        if backward_functions
         else None,
         jvp=tangent_of if rules else None,
         vmap=vmap,
@@ -228,7 +254,7 @@ def row(
 
 def _backward_op(
     name: str,
-    function: Any,
+    functions: Mapping[str, Any],
     inputs: tuple[str, ...],
     for_number: Callable[[Number], tuple[Any, Any]] | None,
     rule: Any,
@@ -249,7 +275,7 @@ def _backward_op(
 
     def forward(bp: BackwardParams, *tensors: Tensor | None) -> Any:
         params, needs, specs = bp
-        device_function = function
+        device_function = functions[params.form]
         if for_number is not None and params.scalars and params.scalars[-1] is not None:
             _, device_function = for_number(params.scalars[-1])
         order, raw = arguments(device_function)
@@ -350,6 +376,12 @@ def standard_samples(arity: int, low: float, high: float) -> Callable[[Make], It
         def some(*shape: int) -> Tensor:
             return make(*shape, low=low, high=high)
 
+        if arity == 3:
+            yield Sample((some(3, 5), some(3, 5), some(3, 5)), {}, "small")
+            yield Sample((some(1031), some(1031), some(1031)), {}, "past one block")
+            yield Sample((some(2, 1, 3), some(4, 1), some(3)), {}, "broadcast")
+            yield Sample((some(2, 0), some(2, 1), some()), {}, "empty")
+            return
         if arity == 1:
             yield Sample((some(3, 5),), {}, "small")
             yield Sample((some(),), {}, "0-dim")
