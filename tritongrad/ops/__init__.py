@@ -19,6 +19,7 @@ from . import moments as moments
 from . import reduction as reduction
 from . import scan as scan
 from . import selection as selection
+from . import softmax as softmax
 from . import tensor_product as tensor_product
 from . import vector_norm as vector_norm
 
