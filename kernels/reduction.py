@@ -306,6 +306,40 @@ def absolute_hit(x, out):
     return hit(tl.abs(x), out)
 
 
+# MAP of the distances: the same of a difference, shifted by a little as torch shifts it.
+
+
+@triton.jit
+def difference_nonzero(x, y, eps):
+    return nonzero(x - y + eps)
+
+
+@triton.jit
+def difference_absolute(x, y, eps):
+    return absolute(x - y + eps)
+
+
+@triton.jit
+def difference_square(x, y, eps):
+    return square(x - y + eps)
+
+
+@triton.jit
+def difference_power(x, y, p, eps):
+    return absolute_power(x - y + eps, p)
+
+
+@triton.jit
+def products(x, y):
+    """What an angle is made of."""
+    return x * x, y * y, x * y
+
+
+@triton.jit
+def add_three(x1, y1, z1, x2, y2, z2):
+    return x1 + x2, y1 + y2, z1 + z2
+
+
 # FINISH
 
 
@@ -343,6 +377,18 @@ def deviation(n, mean, square, freedom):
 @triton.jit
 def logarithm(top, total):
     return (top + m.log(total),)
+
+
+@triton.jit
+def at_least(norm, eps):
+    return tl.where(norm < eps, eps, norm)
+
+
+@triton.jit
+def cosine(xx, yy, xy, eps):
+    """The cosine of an angle, and the two norms."""
+    x, y = m.sqrt(xx), m.sqrt(yy)
+    return m.div(m.div(xy, at_least(x, eps)), at_least(y, eps)), x, y
 
 
 # Backward: pointwise functions of `g`, the gradient of the result, and `out`, the result, both
@@ -407,6 +453,33 @@ def norm_1_bwd(g, x):
 @triton.jit
 def norm_2_bwd(g, x, out):
     return (g * tl.where(out == 0, 0, m.div(x, out)),)
+
+
+@triton.jit
+def distance_bwd(g, x, y, out, eps):
+    slope = norm_2_bwd(g, x - y + eps, out)[0]
+    return slope, -slope
+
+
+@triton.jit
+def difference(x, y, eps):
+    return (x - y + eps,)
+
+
+@triton.jit
+def negative(x):
+    return (-x,)
+
+
+@triton.jit
+def cosine_bwd(g, x, y, x_norm, y_norm, xy, eps):
+    x_least, y_least = at_least(x_norm, eps), at_least(y_norm, eps)
+    out = m.div(m.div(xy, x_least), y_least)
+    x_unit, y_unit = m.div(x, x_least), m.div(y, y_least)
+    # In the direction of x itself the norm changes, as far as torch lets it.
+    x_own = tl.where(x_norm == 0, 0, m.div(x, x_norm))
+    y_own = tl.where(y_norm == 0, 0, m.div(y, y_norm))
+    return m.div(g * (y_unit - out * x_own), x_least), m.div(g * (x_unit - out * y_own), y_least)
 
 
 @triton.jit

@@ -42,7 +42,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_layout(name: str, layout: str) -> None:
     """1: an upstream gradient of any layout is read where its elements are."""
-    if layout == "zero tensor" and name in ("vector_norm", "norm", "std", "std_mean"):
+    if layout == "zero tensor" and name in (
+        "vector_norm",
+        "norm",
+        "std",
+        "std_mean",
+        "pairwise_distance",
+    ):
         pytest.skip("torch's own backward writes into the gradient, and cannot into zero tensors")
 
     def scenario(f, inputs):
@@ -227,6 +233,13 @@ def size(kept: set[tuple[int, int]]) -> int:
     return sum(nbytes for _, nbytes in kept)
 
 
+# The quotients and the difference, which torch keeps, are never in memory.
+KEEPS_INPUTS = ("cosine_similarity", "pairwise_distance")
+
+# A bool for each row: where its norm was raised to eps.
+KEEPS_MASK = ("normalize",)
+
+
 @each_op
 def test_each_input_alone(name: str) -> None:
     """5: each input that requires a gradient gets it, whichever others do; what no gradient needs
@@ -238,7 +251,10 @@ def test_each_input_alone(name: str) -> None:
             where = f"{call}, input {i}"
             _, torch_keeps = stored(call.original, inputs)
             ours, kept = stored(call.triton, inputs)
-            assert size(kept) <= size(torch_keeps), f"{where}: keeps {kept}, torch {torch_keeps}"
+            if name in KEEPS_INPUTS:
+                kept = kept - set(map(storage, tensors(call.sample)))
+            allowed = size(torch_keeps) + (call.inputs[0].numel() if name in KEEPS_MASK else 0)
+            assert size(kept) <= allowed, f"{where}: keeps {kept}, torch {torch_keeps}"
             found, count = launches(partial(gradients, linked(ours), inputs[i : i + 1]))
             theirs = linked(call.torch(*inputs))
             assert_same(found, gradients(theirs, inputs[i : i + 1]), where)

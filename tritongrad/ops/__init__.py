@@ -10,6 +10,7 @@ import torch
 
 from . import activation as activation
 from . import arithmetic as arithmetic
+from . import distance as distance
 from . import einsum as einsum
 from . import elementary as elementary
 from . import extremum as extremum

@@ -207,7 +207,7 @@ def bind_extremum(kind_of: KindOf) -> Bind:
 # ------------------------------------------------------------------------------- common to the ops
 
 
-def restored(value: Tensor, params: Params) -> Tensor:
+def restored(value: Tensor, params: Any) -> Tensor:
     """A result with its reduced dimensions back, so that it broadcasts with the input."""
     if not params.keepdim and value.dim():
         for d in params.dims:
@@ -215,9 +215,7 @@ def restored(value: Tensor, params: Params) -> Tensor:
     return value
 
 
-def total_of(
-    value: Tensor, params: Params, keepdim: bool, dtype: torch.dtype | None = None
-) -> Tensor:
+def total_of(value: Tensor, params: Any, keepdim: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Sum over the dimensions of a call; over none, where torch would take all."""
     if not params.dims:
         return value if dtype is None else value.to(dtype)

@@ -219,10 +219,10 @@ def row(
 
     def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
         # A batched pointwise op is the op with one more dimension.
-        rank = _logical_rank(tensors, dims)
+        rank = logical_rank(tensors, dims)
         # An input that all samples share is smaller than the others now.
         params = params._replace(specs=() if arity == 1 else None)
-        return apply(op, params, _batch_all(tensors, dims, rank)), 0
+        return apply(op, params, batch_all(tensors, dims, rank)), 0
 
     op = Op(
         name=name,
@@ -331,13 +331,13 @@ def _batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
     return moved.reshape(moved.shape[0], *[1] * padding, *moved.shape[1:])
 
 
-def _logical_rank(tensors: Tensors, dims: tuple) -> int:
+def logical_rank(tensors: Tensors, dims: tuple) -> int:
     return max(
         t.dim() - (d is not None) for t, d in zip(tensors, dims, strict=True) if t is not None
     )
 
 
-def _batch_all(tensors: Tensors, dims: tuple, rank: int) -> Tensors:
+def batch_all(tensors: Tensors, dims: tuple, rank: int) -> Tensors:
     return tuple(
         None if t is None else _batch_first(t, d, rank) for t, d in zip(tensors, dims, strict=True)
     )
@@ -347,13 +347,13 @@ def _vmap_backward(
     op: Op, info: Any, bp: BackwardParams, tensors: Tensors, dims: tuple
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Each sample has gradients of its own, also for an input that all samples share."""
-    rank = _logical_rank(tensors, dims)
+    rank = logical_rank(tensors, dims)
     size = info.batch_size
     specs = tuple(
         spec and Spec(torch.Size((size, *[1] * (rank - len(spec.shape)), *spec.shape)), spec.dtype)
         for spec in bp.specs
     )
-    found = apply(op, bp._replace(specs=specs), _batch_all(tensors, dims, rank))
+    found = apply(op, bp._replace(specs=specs), batch_all(tensors, dims, rank))
     found = found if type(found) is tuple else (found,)
     shapes = [spec.shape for spec, need in zip(bp.specs, bp.needs, strict=True) if need and spec]
     results = tuple(

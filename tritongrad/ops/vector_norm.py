@@ -48,7 +48,7 @@ def _bind_vector_norm(
 ) -> tuple[Tensors, Params]:
     if type(ord) not in (int, float) or not is_number(ord):
         raise Unsupported(f"order is a {type(ord).__name__}")
-    params = read(input, dim, keepdim, dtype, _kind_of, float(ord))
+    params = read(input, dim, keepdim, dtype, kind_of, float(ord))
     if input.dtype is not params.result and (
         input.dtype not in FLOATING
         or torch.promote_types(input.dtype, params.result) is not params.result
@@ -110,7 +110,7 @@ def _bind_linalg_norm(
 # -------------------------------------------------------------------------- values and derivatives
 
 
-def _kind_of(p: float, count: int) -> Kind:
+def kind_of(p: float, count: int) -> Kind:
     """The reduction that a norm of order ``p`` is."""
     if p < 0 or p == math.inf:
         refuse_empty(count)
@@ -131,7 +131,7 @@ def _kind(p: float) -> Kind:
     return Kind(SUM.but(map=k.absolute_power, finish=k.power), (p,), (1 / p,))
 
 
-def _rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
+def rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
     if params.number == 0:
         return None  # a count: undefined, says torch
     x, out, g = x.to(params.result), restored(out, params), restored(g, params)
@@ -163,7 +163,7 @@ def _steepness(x: Tensor, p: float) -> Tensor:
     return torch.sign(x) * torch.where(x == 0, 0.0, torch.abs(x) ** (p - 1))
 
 
-def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
+def backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor | None:
     p = params.number
     if p == 0:
         return None
@@ -179,7 +179,7 @@ def _backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> 
     compute = COMPUTE_DTYPE[params.result]
     if compute is not params.result:
         # out ** (p - 1) would multiply the rounding of a half precision result by p - 1.
-        out = value_of(_kind_of, params._replace(keepdim=True, result=compute), x)
+        out = value_of(kind_of, params._replace(keepdim=True, result=compute), x)
     scale = exact_pointwise(k.norm_scale, (g, out), compute, compute, (p,))
     return exact_pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
 
@@ -212,9 +212,9 @@ def _samples(make: Make) -> Iterator[Sample]:
 
 T = Tensor
 _norm: dict[str, Any] = {
-    "kind_of": _kind_of,
-    "rule": _rule,
-    "backward": _backward,
+    "kind_of": kind_of,
+    "rule": rule,
+    "backward": backward,
     "jvp": _jvp,
     "samples": _samples,
     "formula": "dx = g * sign(x) * (abs(x) / out) ** (p - 1)",
