@@ -41,6 +41,7 @@ class Vector:
 VECTORISED: dict[str, Vector] = {
     "pointwise_dense": Vector("it does nothing but move memory"),
     "pointwise_strided": Vector("a broadcast bias must not make the large operand slow"),
+    "rowwise": Vector("it reads and writes every element once, and does little else"),
 }
 
 
