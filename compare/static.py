@@ -31,16 +31,20 @@ DTYPES = {dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float1
 
 @dataclass(frozen=True)
 class Vector:
-    """A kernel that must move aligned, dense data 16 bytes at a time, and why."""
+    """A kernel that must move aligned, dense data 16 bytes at a time, and why; ``broadcasts``: not
+    each of its operands is dense."""
 
     reason: str
     loads: bool = True
     stores: bool = True
+    broadcasts: bool = False
 
 
 VECTORISED: dict[str, Vector] = {
     "pointwise_dense": Vector("it does nothing but move memory"),
-    "pointwise_strided": Vector("a broadcast bias must not make the large operand slow"),
+    "pointwise_strided": Vector(
+        "a broadcast bias must not make the large operand slow", broadcasts=True
+    ),
     "rowwise": Vector("it reads and writes every element once, and does little else"),
 }
 
@@ -90,10 +94,12 @@ def _faults(specialisation: Specialisation, target: str, code: Code) -> Iterator
     # An AMD program of the same block has twice the threads, so half the bytes for each.
     if vector is None or not specialisation.vectorisable or TARGETS[target].backend != "cuda":
         return
-    if vector.loads and not code.wide_loads:
+    # Nor has a thread 16 bytes of bools: of a comparison to store, or of a mask to load where that
+    # is the one operand that is not broadcast.
+    bools = "bool" in specialisation.dtypes
+    if vector.loads and not code.wide_loads and not (bools and vector.broadcasts):
         yield f"no 16-byte load ({vector.reason})"
-    # Nor has a comparison 16 bytes of bools for each thread.
-    if vector.stores and not code.wide_stores and "bool" not in specialisation.dtypes:
+    if vector.stores and not code.wide_stores and not bools:
         yield f"no 16-byte store ({vector.reason})"
 
 
