@@ -183,15 +183,5 @@ def div_floor(x, y):
 
 
 @triton.jit
-def div_floor_bwd(g, x, y):
-    return tl.zeros_like(g), tl.zeros_like(g)
-
-
-@triton.jit
 def div_trunc(x, y):
     return (m.trunc(m.div(x, y)),)
-
-
-@triton.jit
-def div_trunc_bwd(g, x, y):
-    return tl.zeros_like(g), tl.zeros_like(g)

@@ -78,7 +78,8 @@ def row(
             latter the rules are evaluated instead.
         device: the device functions' name where it is not the op's.
         forms: the op's device functions are ``name + form`` and ``name + form + "_bwd"``, where
-            ``bind`` says which; the rules may ask for ``form`` too.
+            ``bind`` says which; the rules may ask for ``form`` too. A form without a ``_bwd``,
+            where another has one, is constant.
         targets: torch callables with ``bind``'s signature.
         rules: input -> its gradient, a function of ``g`` and any of the inputs, ``out``, consts,
             ``form``.
@@ -273,9 +274,14 @@ def _backward_op(
     # Where each input's gradient stands in what the device function returns.
     column = {n: i for i, n in enumerate(wants)}
 
-    def forward(bp: BackwardParams, *tensors: Tensor | None) -> Any:
+    def forward(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Any:
         params, needs, specs = bp
-        device_function = functions[params.form]
+        tensors = (g, *saved)
+        device_function = functions.get(params.form)
+        if device_function is None:
+            found = [s for s, need in zip(specs, needs, strict=True) if need and s is not None]
+            constant = tuple([g.new_zeros(s.shape, dtype=s.dtype) for s in found])
+            return constant[0] if len(constant) == 1 else constant
         if for_number is not None and params.scalars and params.scalars[-1] is not None:
             _, device_function = for_number(params.scalars[-1])
         order, raw = arguments(device_function)
