@@ -180,13 +180,16 @@ def add_and_count(total1, count1, total2, count2):
 
 
 @triton.jit
-def merge_moments(n1, mean1, square1, n2, mean2, square2):
-    """Chan, Golub and LeVeque's: nothing cancels, and equal means have no distance."""
+def merge_moments(n1, origin1, mean1, square1, n2, origin2, mean2, square2):
+    """Chan, Golub and LeVeque's, with means counted from one of the elements: neither a large
+    offset nor a small variance costs digits, and equal elements have no distance."""
     n = n1 + n2
     # The approximate division: where its error matters, `distance` is small.
-    weight = tl.where(n1 == 0, 1.0, n2 / n).to(mean1.dtype)
-    distance = mean2 - mean1
-    return n, mean1 + distance * weight, square1 + square2 + distance * distance * n1 * weight
+    weight = tl.where(n2 == 0, 0.0, n2 / n).to(mean1.dtype)
+    distance = tl.where((n1 == 0) | (n2 == 0), 0.0, (origin2 - origin1) + (mean2 - mean1))
+    mean = tl.where(n1 == 0, mean2, mean1 + distance * weight)
+    square = square1 + square2 + distance * distance * n1 * weight
+    return n, tl.where(n1 == 0, origin2, origin1), mean, square
 
 
 @triton.jit
@@ -225,7 +228,7 @@ def one(x):
 
 @triton.jit
 def moments(x):
-    return one(x), x, tl.zeros_like(x)
+    return one(x), x, tl.zeros_like(x), tl.zeros_like(x)
 
 
 @triton.jit
@@ -364,14 +367,13 @@ def ratio(total, count):
 
 
 @triton.jit
-def variance(n, mean, square, freedom):
-    # The mean of nothing is NaN.
-    return m.div(square, freedom), tl.where(n == 0, float("nan"), mean)
+def variance(n, origin, mean, square, freedom):
+    return m.div(square, freedom), origin + mean
 
 
 @triton.jit
-def deviation(n, mean, square, freedom):
-    return m.sqrt(m.div(square, freedom)), tl.where(n == 0, float("nan"), mean)
+def deviation(n, origin, mean, square, freedom):
+    return m.sqrt(m.div(square, freedom)), origin + mean
 
 
 @triton.jit

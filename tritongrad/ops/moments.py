@@ -31,7 +31,7 @@ from .reduction import (
     short_samples,
 )
 
-VARIANCE = Reduction(k.moments, k.merge_moments, (0.0, 0.0, 0.0), k.variance)
+VARIANCE = Reduction(k.moments, k.merge_moments, (0.0, 0.0, 0.0, 0.0), k.variance)
 DEVIATION = VARIANCE.but(finish=k.deviation)
 
 NO_FREEDOM = "no degrees of freedom, of which torch warns"
