@@ -88,6 +88,16 @@ def square_bwd(g, x):
 
 
 @triton.jit
+def addr(x, y, z, beta, alpha):
+    return (tl.where(beta == 0, 0, beta * x) + alpha * y * z,)
+
+
+@triton.jit
+def addr_bwd(g, y, z, beta, alpha):
+    return beta * g, alpha * g * z, alpha * g * y
+
+
+@triton.jit
 def abs(x):
     return (tl.abs(x),)
 

@@ -1,12 +1,15 @@
 """Matrix products.
 
-c[i, m, n] = sum_k a[i, m, k] * b[i, k, n] (+ bias[n]), for every index i of the batch; the
-gradients, da = dc b^T and db = a^T dc, are products of the same kind. Every operand is read through
-its own strides: a transpose is two strides exchanged, a broadcast is a stride of 0.
+c[i, m, n] = alpha * sum_k a[i, m, k] * b[i, k, n] + beta * added[i, m, n], for every index i of the
+batch; the gradients, da = alpha dc b^T and db = alpha a^T dc, are products of the same kind. Every
+operand is read through its own strides: a transpose is two strides exchanged, a broadcast is a
+stride of 0.
 """
 
 import triton
 import triton.language as tl
+
+from .pointwise import scalar
 
 # Rows of tiles that run together: they share the columns of b in L2 while these are there.
 GROUP = tl.constexpr(8)
@@ -26,13 +29,30 @@ def tile_in_group(tile, tiles_m, tiles_n):
 
 
 @triton.jit
+def addend(ptr, m, n, in_m, in_n, stride_m, stride_n):
+    """What is added to a tile, or its one row, column or element that is broadcast over it."""
+    if stride_m is None:
+        if stride_n is None:
+            return tl.load(ptr)
+        else:
+            return tl.load(ptr + n[None, :] * stride_n, mask=in_n, other=0)
+    elif stride_n is None:
+        return tl.load(ptr + m[:, None] * stride_m, mask=in_m, other=0)
+    else:
+        offsets = m[:, None] * stride_m + n[None, :] * stride_n
+        return tl.load(ptr + offsets, mask=in_m & in_n, other=0)
+
+
+@triton.jit
 def gemm(
-    c_ptr, a_ptr, b_ptr, bias_ptr, M, N, K,
+    c_ptr, a_ptr, b_ptr, added_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, batch_shape, a_batch_strides, b_batch_strides,
+    added_batch_strides, stride_added_m, stride_added_n, beta, alpha,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of one c, which is dense. `batch_shape` and the batch strides are innermost first.
+    Strides that `added` is broadcast along are None, and so are factors of 1.
 
     Tiles at the edges are masked. That costs no vector access: a bound that is not divisible by 16
     is the length of rows that begin at unaligned addresses anyway.
@@ -50,6 +70,8 @@ def gemm(
         rest = rest // batch_shape[d]
         a_ptr += index * a_batch_strides[d]
         b_ptr += index * b_batch_strides[d]
+        if added_ptr is not None:
+            added_ptr += index * added_batch_strides[d]
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -78,7 +100,12 @@ def gemm(
         a_ptrs += step * stride_ak
         b_ptrs += step * stride_bk
 
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0).to(ACC)[None, :]
+    if alpha is not None:
+        acc *= scalar(alpha, ACC)
+    if added_ptr is not None:
+        added = addend(added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n).to(ACC)
+        if beta is not None:
+            added *= scalar(beta, ACC)
+        acc += added
     c_ptrs = c_ptr + (m[:, None] * N + n[None, :])
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)

@@ -241,7 +241,7 @@ def test_grid_limits(name: str) -> None:
     """11: a GPU's grid has at most 65535 programs in y and in z, whatever the sizes."""
     grids: list[tuple[int, ...]] = []
     with runtime.stub(), runtime.observe(lambda kernel, grid, args, meta: grids.append(grid)):
-        for call in lengthened(name, 1_000_000, 2, 2_000_000):
+        for call in lengthened(name, 1_000_000, 2, 4_000_000):
             gradients(linked(call.triton(*call.inputs)), call.inputs)
     assert grids
     for grid in grids:

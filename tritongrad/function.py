@@ -258,8 +258,8 @@ def autocast(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     """Cast the arguments as torch's autocast does for this op on their device."""
     tensors = tensors_of(Sample(args, kwargs))
     device = next((t.device.type for t in tensors), "cpu")
-    policy = op.autocast.get(device)
-    if policy is None or not torch.is_autocast_enabled(device):
+    policy = op.autocast.get(device, "keep")
+    if policy == "keep" or not torch.is_autocast_enabled(device):
         return args, kwargs
     # float64 is never lowered, and only tensors on the autocasting device are touched.
     eligible = [

@@ -110,7 +110,8 @@ class Op:
             of every order and direction come from it.
         jvp: ``(params, tensors, outputs, tangents) -> tangents of the public outputs``.
         vmap: ``(info, params, tensors, dims) -> (outputs, out_dims)``.
-        autocast: device type -> policy ("lower", "float32", "promote"), as torch's lists have it.
+        autocast: device type -> policy ("lower", "float32", "promote"), as torch's lists have it;
+            "keep" for a composite that is in none of them, and whose parts are, but not torch's.
         schema: torch.library schema of the public function, arguments in the order in which
             ``bind`` returns its tensors, ``"(Tensor input, Tensor? bias=None) -> Tensor"``. With
             one, ``torch.compile`` sees a library op around our kernels; without, torch's op, which

@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import COMPUTE_DTYPE, Number, encode
 from ..kernels import matmul as k
-from ..layout import INT32_MAX, Strides, collapse, dense_strides, next_power_of_two
+from ..layout import (
+    INT32_MAX,
+    Strides,
+    collapse,
+    dense_strides,
+    next_power_of_two,
+    strides_as,
+)
 from ..runtime import launch_prepared
 
 
@@ -132,6 +140,14 @@ def _walk(own: Sequence[int], strides: Strides, shape: torch.Size) -> Strides:
     return (0,) * missing + tuple([0 if n == 1 else s for n, s in zip(own, strides, strict=True)])
 
 
+class Addend(NamedTuple):
+    """What is added to a product: an operand that broadcasts to its shape, ``beta`` times."""
+
+    shape: torch.Size
+    strides: Strides
+    beta: Number = 1
+
+
 class Plan(NamedTuple):
     """How operands of certain shapes and strides are multiplied.
 
@@ -157,8 +173,11 @@ def plan(
     b_strides: Strides,
     dtype: torch.dtype,
     precision: str,
+    alpha: Number = 1,
+    added: Addend | None = None,
 ) -> Plan:
-    """How to multiply operands of these shapes and strides, float32 in ``float32_precision()``."""
+    """How to multiply operands of these shapes and strides, float32 in ``float32_precision()``;
+    ``alpha`` times their product, and something added."""
     precision = "tf32" if dtype is torch.float32 and precision == "tf32" else "ieee"
     batch_shape = torch.broadcast_shapes(a_shape[:-2], b_shape[:-2])
     (m, depth), n = a_shape[-2:], b_shape[-1]
@@ -169,17 +188,24 @@ def plan(
     a_walk = _walk(a_shape[:-2], a_strides[:-2], batch_shape)
     b_walk = _walk(b_shape[:-2], b_strides[:-2], batch_shape)
     (stride_am, stride_ak), (stride_bk, stride_bn) = a_strides[-2:], b_strides[-2:]
+    addend = added or Addend(torch.Size(), ())
+    *added_walk, stride_dm, stride_dn = strides_as(addend.shape, addend.strides, shape)
     if any(b_walk):
         order = range(len(batch_shape) - 1, -1, -1)
-        sizes, (a_batch, b_batch) = collapse(batch_shape, [a_walk, b_walk], order)
+        walks = [a_walk, b_walk, tuple(added_walk)]
+        sizes, (a_batch, b_batch, added_batch) = collapse(batch_shape, walks, order)
     else:
         # One b serves the whole batch, as a weight does: the matrices of a lie below one another in
-        # one product with many rows, as far as the strides of a allow.
+        # one product with many rows, as far as the strides of a (and what is added) allow.
         order = range(len(batch_shape), -1, -1)
-        (m, *sizes), (a_rows,) = collapse((*batch_shape, m), [(*a_walk, stride_am)], order)
-        stride_am, *a_batch = a_rows
+        walks = [(*a_walk, stride_am), (*added_walk, stride_dm)]
+        (m, *sizes), (a_rows, added_rows) = collapse((*batch_shape, m), walks, order)
+        (stride_am, *a_batch), (stride_dm, *added_batch) = a_rows, added_rows
         b_batch = [0] * len(sizes)
     batch = math.prod(sizes)
+    if min(m, n) == 1:
+        # Limited by memory: rounding the operands would gain nothing.
+        precision = "ieee"
     # A matrix of which neither stride is 1 has nothing that is aligned.
     aligned = (
         1 in (stride_am, stride_ak)
@@ -189,10 +215,11 @@ def plan(
     tile = _tile(dtype, precision, aligned, (batch, m, n))
     a_reach = m * stride_am + depth * stride_ak
     b_reach = depth * stride_bk + n * stride_bn
+    added_reach = m * stride_dm + n * stride_dn
     meta = {
         "PRECISION": precision,
         "EVEN_K": depth % tile.k == 0,
-        "WIDE": max(m * n, a_reach, b_reach) > INT32_MAX,
+        "WIDE": max(m * n, a_reach, b_reach, added_reach) > INT32_MAX,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
@@ -202,25 +229,35 @@ def plan(
     geometry = (
         m, n, depth, stride_am, stride_ak, stride_bk, stride_bn,
         tuple(sizes), tuple(a_batch), tuple(b_batch),
+        tuple(added_batch), stride_dm or None, stride_dn or None,
+        _factor(addend.beta, dtype), _factor(alpha, dtype),
     )  # fmt: skip
     return Plan(shape, strides, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
 
 
-def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a[..., M, K] @ b[..., K, N] (+ bias[N])``, their batches broadcast, in one launch.
+def _factor(value: Number, dtype: torch.dtype) -> Number | None:
+    return None if value == 1 else encode(value, COMPUTE_DTYPE[dtype])
+
+
+def matrix_product(
+    a: Tensor, b: Tensor, added: Tensor | None = None, *, alpha: Number = 1, beta: Number = 1
+) -> Tensor:
+    """``alpha * a[..., M, K] @ b[..., K, N] + beta * added``, their batches broadcast, in one
+    launch; ``added`` broadcasts to the product.
 
     Shapes fit, and dtypes are equal (checked when the call was bound). The result is contiguous.
     """
-    found = plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision())
-    return run(found, a, b, bias)
+    addend = None if added is None else Addend(added.shape, added.stride(), beta)
+    found = plan(
+        a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision(), alpha, addend
+    )
+    return run(found, a, b, added)
 
 
-def run(plan: Plan, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def run(plan: Plan, a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """``matrix_product`` of operands of the shapes and strides that ``plan`` was made for."""
     # Not new_empty(): of torch's allocators the strided ones have the least overhead.
     out = a.new_empty_strided(plan.shape, plan.strides)
     if plan.grid is not None:
-        if bias is not None and bias.stride(0) != 1:
-            bias = bias.contiguous()
-        launch_prepared(k.gemm, plan.grid, (out, a, b, bias, *plan.geometry), out, plan.meta)
+        launch_prepared(k.gemm, plan.grid, (out, a, b, added, *plan.geometry), out, plan.meta)
     return out

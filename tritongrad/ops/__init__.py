@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import activation as activation
+from . import addition as addition
 from . import arithmetic as arithmetic
 from . import distance as distance
 from . import einsum as einsum

@@ -2,7 +2,7 @@
 
 Two forms cover every rank. Where both operands are matrices, or batches of them, a product is
 
-    out[..., m, n] = sum_k a[..., m, k] b[..., k, n]          ``Matrices``, the gemm kernel
+    out[..., m, n] = alpha sum_k a[..., m, k] b[..., k, n]    ``Matrices``, the gemm kernel
 
 and where one is a vector it is a sum of elementwise products, limited by memory alone,
 
@@ -12,7 +12,8 @@ A product P(a, b) is linear in each operand, and everything follows. Its tangent
 P(a, db). Its gradients, G(g; a, b), make <g, P(a, b)> a form in g, a and b that is linear in each
 of the three, so that what is linear in cotangents u of da and v of db differentiates to the tangent
 P(u, b) + P(a, v) by g, and to the gradients G(g; u, v) by a and b: the second derivative is the
-first one again, and so is the third.
+first one again, and so is the third. What is added to a product of matrices, beta times, enters
+each of these linearly.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATING
-from ..function import admit_pair, apply, launchable, settle, transforming
+from ..dtypes import FLOATING, Number, is_number
+from ..function import admit, admit_pair, apply, launchable, settle, transforming
 from ..kernels import arithmetic
 from ..launchers import matmul, reduction
 from ..launchers.pointwise import elementwise
@@ -42,12 +43,15 @@ class Matrices(NamedTuple):
     Attributes:
         a_transposed, b_transposed: the operand's columns are what lies dense in memory; its
             gradient is then laid out likewise, as torch's is.
+        alpha, beta: factors of the product, and of what is added to it where there is something.
         specs: of the operands, and
         plan: the launch for them; neither under a transform, where the kernel will meet others.
     """
 
     a_transposed: bool
     b_transposed: bool
+    alpha: Number = 1
+    beta: Number = 1
     specs: tuple[Spec, ...] | None = None
     plan: matmul.Plan | None = None
 
@@ -94,6 +98,74 @@ def read(form: Form, a: Tensor, b: Tensor) -> Params:
     )  # fmt: skip
 
 
+def read_sum(
+    form: Form, added: Tensor, a: Tensor, b: Tensor, beta: Number, alpha: Number
+) -> Params:
+    """``read`` of ``alpha`` times a product of matrices with ``beta`` times a tensor added."""
+    admit_pair(a, b)
+    admit(added)
+    check_factors(beta, alpha)
+    a_device = a.get_device()
+    check_alike(a.dtype, b.dtype, a_device, b.get_device())
+    check_alike(a.dtype, added.dtype, a_device, added.get_device())
+    if transforming():
+        params = form(a.shape, a.stride(), b.shape, b.stride())
+        assert isinstance(params, Matrices)
+        check_fits(added.shape, product_shape(a.shape, b.shape))
+        return params._replace(alpha=alpha, beta=beta)
+    return _sum_and_plan(
+        form, a.shape, a.stride(), b.shape, b.stride(), a.dtype,
+        matmul.Addend(added.shape, added.stride(), beta), alpha, matmul.float32_precision(),
+    )  # fmt: skip
+
+
+def check_factors(beta: Number, alpha: Number) -> None:
+    """Raise Unsupported for factors that are no numbers, or that torch's libraries treat each in
+    its own way."""
+    for name, value in (("beta", beta), ("alpha", alpha)):
+        if type(value) not in (int, float) or not is_number(value):
+            raise Unsupported(f"{name} is a {type(value).__name__}")
+    if alpha == 0:
+        raise Unsupported("alpha is 0, with which some BLAS reads no operand and another does")
+
+
+def product_shape(a: torch.Size, b: torch.Size) -> torch.Size:
+    """Shape of the product of two matrices, or batches of them."""
+    return torch.Size((*torch.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1]))
+
+
+def check_fits(own: torch.Size, shape: torch.Size) -> None:
+    """Raise Unsupported unless a tensor of shape ``own`` expands to ``shape``."""
+    if len(own) > len(shape) or any(
+        n not in (1, full) for n, full in zip(reversed(own), reversed(shape), strict=False)
+    ):
+        raise Unsupported("input does not expand to the product")
+
+
+@lru_cache(maxsize=4096)
+def _sum_and_plan(
+    form: Form,
+    a_shape: torch.Size,
+    a_strides: Strides,
+    b_shape: torch.Size,
+    b_strides: Strides,
+    dtype: torch.dtype,
+    added: matmul.Addend,
+    alpha: Number,
+    precision: str,
+) -> Params:
+    params = form(a_shape, a_strides, b_shape, b_strides)
+    assert isinstance(params, Matrices)
+    check_fits(added.shape, product_shape(a_shape, b_shape))
+    # What is not read has no strides either.
+    read = added if added.beta else None
+    product = matmul.plan(
+        a_shape, a_strides, b_shape, b_strides, dtype, precision, alpha, read
+    )  # fmt: skip
+    specs = Spec(a_shape, dtype), Spec(b_shape, dtype), Spec(added.shape, dtype)
+    return params._replace(alpha=alpha, beta=added.beta, specs=specs, plan=product)
+
+
 def check_alike(a: torch.dtype, b: torch.dtype, a_device: int, b_device: int) -> None:
     """Raise Unsupported unless these are one floating dtype and one device of a type."""
     if a not in FLOATING:
@@ -137,14 +209,16 @@ class Arithmetic(NamedTuple):
     """What the formulas below are evaluated with: kernels launched directly, or torch mathematics.
 
     Attributes:
-        matmul: product of matrices.
+        matmul: product of matrices, times a number.
         contract: ``(x * y).sum(dims)``, dims counting from the end; none for ``x * y``.
         sum_to: a tensor summed to the shape that it was broadcast from.
+        scale: a tensor times a number.
     """
 
-    matmul: Callable[[Tensor, Tensor], Tensor]
+    matmul: Callable[..., Tensor]
     contract: Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
     sum_to: Callable[[Tensor, torch.Size], Tensor]
+    scale: Callable[[Tensor, Number], Tensor]
 
 
 def _launch_contraction(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -158,6 +232,21 @@ def _launch_contraction(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _launch_sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     return reduction.sum_to(tensor, shape, tensor.dtype)
+
+
+def _launch_scale(tensor: Tensor, factor: Number) -> Tensor:
+    dtype = tensor.dtype
+    (out,) = elementwise(arithmetic.mul, 0, (tensor, None), (None, factor), (), dtype, (dtype,))
+    assert out is not None
+    return out
+
+
+def _matmul_rule(a: Tensor, b: Tensor, alpha: Number = 1) -> Tensor:
+    if alpha == 1:
+        return torch.matmul(a, b)
+    if launchable((a, b)):
+        return apply(CONTRACTION, Matrices(False, False, alpha), (a, b))
+    return torch.matmul(a, b) * alpha
 
 
 def _contraction_rule(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -174,13 +263,17 @@ def _sum_to_rule(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.sum(dims, keepdim=True).reshape(shape) if dims else tensor
 
 
-KERNELS = Arithmetic(matmul.matrix_product, _launch_contraction, _launch_sum_to)
-RULES = Arithmetic(torch.matmul, _contraction_rule, _sum_to_rule)
+def _launch_matmul(a: Tensor, b: Tensor, alpha: Number = 1) -> Tensor:
+    return matmul.matrix_product(a, b, alpha=alpha)
 
 
-def times(use: Arithmetic, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
-    """``a @ b``, on request with its columns dense in memory."""
-    return use.matmul(b.mT, a.mT).mT if transposed else use.matmul(a, b)
+KERNELS = Arithmetic(_launch_matmul, _launch_contraction, _launch_sum_to, _launch_scale)
+RULES = Arithmetic(_matmul_rule, _contraction_rule, _sum_to_rule, torch.mul)
+
+
+def times(use: Arithmetic, a: Tensor, b: Tensor, transposed: bool, alpha: Number = 1) -> Tensor:
+    """``alpha * a @ b``, on request with its columns dense in memory."""
+    return use.matmul(b.mT, a.mT, alpha).mT if transposed else use.matmul(a, b, alpha)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -193,13 +286,18 @@ def rows(tensor: Tensor) -> Tensor:
 
 def _product(use: Arithmetic, params: Params, a: Tensor, b: Tensor) -> Tensor:
     if isinstance(params, Matrices):
-        return use.matmul(a, b)
+        return use.matmul(a, b, params.alpha)
     return use.contract(a, b, params.dims)
 
 
 def _tangent(params: Params, factors: tuple[Any, ...], tangents: tuple[Any, ...]) -> Tensor:
-    """P(da, b) + P(a, db), of which at least one term is there."""
-    (a, b), (da, db) = factors, tangents
+    """P(da, b) + P(a, db) + beta dc for what is added, of which at least one term is there; but for
+    the shape where it is the last alone."""
+    (a, b), (da, db, *added) = factors, tangents
+    if added and added[0] is not None:
+        assert isinstance(params, Matrices)
+        dc = added[0] if params.beta == 1 else added[0] * params.beta
+        return dc if da is None and db is None else dc + _tangent(params, factors, (da, db))
     if da is None:
         return _product(RULES, params, a, db)
     tangent = _product(RULES, params, da, b)
@@ -208,9 +306,10 @@ def _tangent(params: Params, factors: tuple[Any, ...], tangents: tuple[Any, ...]
 
 def _gradients(
     use: Arithmetic, params: Params, needs: Needs, specs: tuple[Any, ...], g: Tensor, a: Any, b: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """G(g; a, b): the gradients of <g, P(a, b)>, of which da needs only b and db only a."""
-    da = db = None
+) -> tuple[Tensor | None, ...]:
+    """G(g; a, b): the gradients of <g, P(a, b)>, of which da needs only b and db only a; and that
+    of what is added."""
+    da = db = dc = None
     if isinstance(params, Sum):
         g = _with_dims(g, params.dims)
         if needs[0]:
@@ -218,16 +317,20 @@ def _gradients(
         if needs[1]:
             db = _contract_to(use, specs[1].shape, g, a)
         return da, db
+    alpha = params.alpha
     if needs[0]:
-        da = use.sum_to(times(use, g, b.mT, params.a_transposed), specs[0].shape)
+        da = use.sum_to(times(use, g, b.mT, params.a_transposed, alpha), specs[0].shape)
     if needs[1]:
         shape = specs[1].shape
         if math.prod(shape[:-2]) == 1:
             # One matrix for the whole batch: one product over all rows, not a sum of products.
-            db = times(use, rows(a).mT, rows(g), params.b_transposed).reshape(shape)
+            db = times(use, rows(a).mT, rows(g), params.b_transposed, alpha).reshape(shape)
         else:
-            db = use.sum_to(times(use, a.mT, g, params.b_transposed), shape)
-    return da, db
+            db = use.sum_to(times(use, a.mT, g, params.b_transposed, alpha), shape)
+    if needs[2:] == (True,):
+        dc = use.sum_to(g, specs[2].shape)
+        dc = dc if params.beta == 1 else use.scale(dc, params.beta)
+    return da, db, dc
 
 
 def _with_dims(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -247,11 +350,15 @@ def _contract_to(use: Arithmetic, shape: torch.Size, x: Tensor, y: Tensor) -> Te
 # ----------------------------------------------------------------------------------- made into ops
 
 
-def _forward(params: Params, a: Tensor, b: Tensor) -> Tensor:
+def _forward(params: Params, a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    if isinstance(params, Matrices):
+        if params.beta == 0:
+            added = None  # and the NaN in it
+        if params.plan is not None:
+            return matmul.run(params.plan, a, b, added)
+        return matmul.matrix_product(a, b, added, alpha=params.alpha, beta=params.beta)
     if params.plan is None:
         return _product(KERNELS, params, a, b)
-    if isinstance(params, Matrices):
-        return matmul.run(params.plan, a, b)
     return reduction.run(params.plan, (a, b), a.dtype)
 
 
@@ -274,12 +381,14 @@ def _rule(
 ) -> Tensors:
     (g,), (a, b) = grads, saved[:2]
     assert g is not None
-    return _gradients(RULES, params, needs, specs, settle(g), a, b)
+    return _gradients(RULES, params, needs, specs, settle(g), a, b)[: len(needs)]
 
 
 def _jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
-    da, db = [t if t is None else settle(t) for t in tangents]
-    return _tangent(params, tensors, (da, db))
+    (out,) = outputs
+    assert out is not None
+    present = tuple([t if t is None else settle(t) for t in tangents])
+    return _tangent(params, tensors[:2], present).expand(out.shape)
 
 
 def batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
@@ -296,6 +405,14 @@ def _vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Ten
     # A batch of products is a product with one more dimension of batch.
     pairs = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
     rank = max(t.dim() - (d is not None) for t, d in pairs)
+    if len(dims) == 3 and dims[:2] == (None, None):
+        # One product for all, whatever is added to it.
+        assert isinstance(params, Matrices)
+        a, b, added = tensors
+        assert added is not None
+        added = batch_first(added, dims[2], rank)
+        added = torch.zeros_like(added) if params.beta == 0 else added * params.beta
+        return added + apply(CONTRACTION, params, (a, b)), 0
     return apply(CONTRACTION, params, tuple([batch_first(t, d, rank) for t, d in pairs])), 0
 
 
@@ -367,7 +484,7 @@ def product(
     variants: Mapping[Callable[..., Any], Bind] | None = None,
     opinfo: tuple[str, ...] = (),
 ) -> Op:
-    """The op of one product of two tensors."""
+    """The op of one product of two tensors, or of such a product with a third added."""
     return Op(
         name=name,
         bind=bind,
@@ -397,14 +514,15 @@ def product(
     )
 
 
-def _cost(params: Params, a: Tensor, b: Tensor) -> tuple[int, int]:
+def _cost(params: Params, a: Tensor, b: Tensor, added: Tensor | None = None) -> tuple[int, int]:
     depth = a.shape[-1]
     if isinstance(params, Matrices):
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]).numel()
         results = batch * a.shape[-2] * b.shape[-1]
     else:
         results = broadcast_shape((a, b)).numel() // max(depth, 1)
-    return (a.numel() + b.numel() + results) * a.element_size(), 2 * results * depth
+    elements = a.numel() + b.numel() + results + (0 if added is None else added.numel())
+    return elements * a.element_size(), 2 * results * depth
 
 
 GEMM = ("gemm",)

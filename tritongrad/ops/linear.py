@@ -60,8 +60,11 @@ def _bind_linear(
         devices = (*devices, bias.get_device())
     if transforming():
         return (input, weight, bias), _params(shapes, dtypes, devices, weight.stride())
+    strides: tuple[Strides, ...] = input.stride(), weight.stride()
+    if bias is not None:
+        strides = (*strides, bias.stride())
     return (input, weight, bias), _params_and_plan(
-        shapes, dtypes, devices, input.stride(), weight.stride(), matmul.float32_precision()
+        shapes, dtypes, devices, strides, matmul.float32_precision()
     )
 
 
@@ -88,16 +91,17 @@ def _params_and_plan(
     shapes: tuple[torch.Size, ...],
     dtypes: tuple[torch.dtype, ...],
     devices: tuple[int, ...],
-    x_strides: Strides,
-    weight_strides: Strides,
+    strides: tuple[Strides, ...],
     precision: str,
 ) -> Params:
-    params = _params(shapes, dtypes, devices, weight_strides)
-    (x, weight), dtype = shapes[:2], dtypes[0]
+    (x, weight, *bias), (x_strides, weight_strides, *bias_strides) = shapes, strides
+    params, dtype = _params(shapes, dtypes, devices, weight_strides), dtypes[0]
     specs = tuple([Spec(s, dtype) for s in shapes])
     # A vector is a matrix of one row, but for the shape of the result.
     table = (x, x_strides) if len(x) > 1 else (torch.Size((1, *x)), (0, *x_strides))
-    launch = matmul.plan(*table, weight[::-1], weight_strides[::-1], dtype, precision)
+    added = matmul.Addend(bias[0], bias_strides[0]) if bias else None
+    weight_t = weight[::-1], weight_strides[::-1]
+    launch = matmul.plan(*table, *weight_t, dtype, precision, 1, added)
     launch = launch._replace(
         shape=torch.Size((*x[:-1], weight[0])), strides=launch.strides[-len(x) :]
     )

@@ -51,13 +51,13 @@ def _matrices(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strid
     return Matrices(is_transposed(a_strides), is_transposed(b_strides))
 
 
-def _mm(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+def mm_form(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
     if not len(a) == len(b) == 2:
         raise Unsupported("not two matrices")
     return _matrices(a, a_strides, b, b_strides)
 
 
-def _bmm(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+def bmm_form(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
     if not len(a) == len(b) == 3 or a[0] != b[0]:
         raise Unsupported("not two batches of one size")
     return _matrices(a, a_strides, b, b_strides)
@@ -101,11 +101,11 @@ def _bind_mv(input: Tensor, vec: Tensor) -> tuple[Tensors, Params]:
 
 
 def _bind_mm(input: Tensor, mat2: Tensor) -> tuple[Tensors, Params]:
-    return (input, mat2), read(_mm, input, mat2)
+    return (input, mat2), read(mm_form, input, mat2)
 
 
 def _bind_bmm(input: Tensor, mat2: Tensor) -> tuple[Tensors, Params]:
-    return (input, mat2), read(_bmm, input, mat2)
+    return (input, mat2), read(bmm_form, input, mat2)
 
 
 def _bind_matmul(input: Tensor, other: Tensor) -> tuple[Tensors, Params]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
 from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit, admit_pair
-from ..layout import broadcast_shape, broadcasts
+from ..layout import broadcast_shape, broadcast_sizes, broadcasts
 from ..op import Bind, OtherOverload, Tensors, Unsupported
 from ..runtime import DEVICE_TYPES
 
@@ -265,6 +265,26 @@ def bind_div(
         raise Unsupported(f"rounding_mode is {rounding_mode!r}")
     tensors, params = _binary(input, other)
     return tensors, params._replace(form=f"_{rounding_mode}")
+
+
+def bind_addr(
+    input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: Number = 1, alpha: Number = 1
+) -> tuple[Tensors, Params]:
+    if not all(isinstance(t, Tensor) for t in (input, vec1, vec2)):
+        raise Unsupported("not three tensors")
+    for name, value in (("beta", beta), ("alpha", alpha)):
+        if type(value) not in (int, float) or not is_number(value):
+            raise Unsupported(f"{name} is a {type(value).__name__}")
+    if vec1.dim() != 1 or vec2.dim() != 1:
+        raise Unsupported("not two vectors")
+    shape = torch.Size((*vec1.shape, *vec2.shape))
+    if not broadcasts(input.shape, shape) or broadcast_sizes([input.shape, shape]) != shape:
+        raise Unsupported("input does not expand to the product")
+    values = input, vec1.unsqueeze(1), vec2
+    tensors, scalars, result = _operands(("input", "vec1", "vec2"), values, False)
+    if any(t is None for t in tensors):
+        raise Unsupported("tensors on different devices")
+    return tensors, Params(scalars, (beta, alpha), result)
 
 
 def bind_rmul(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
