@@ -123,11 +123,20 @@ def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...
     return (_HALF_HOPPER, *_HALF) if _HAS_WGMMA else _HALF
 
 
-def _tile(dtype: torch.dtype, precision: str, aligned: bool, sizes: tuple[int, int, int]) -> Tile:
-    """The largest tile that fills the GPU, of those that are not larger than the result."""
+def _tile(
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool,
+    sizes: tuple[int, int, int],
+    adding: bool = False,
+) -> Tile:
+    """The largest tile that fills the GPU, of those that are not larger than the result, and where
+    a whole tile is added, leave registers for that: 32 accumulators a thread."""
     batch, m, n = sizes
     limit_m, limit_n = max(next_power_of_two(m), 16), max(next_power_of_two(n), 16)
     fitting = [t for t in _tiles(dtype, precision, aligned) if t.m <= limit_m and t.n <= limit_n]
+    if adding:
+        fitting = [t for t in fitting if t.m * t.n <= 32 * 32 * t.warps]
     for tile in fitting:
         if batch * -(-m // tile.m) * -(-n // tile.n) >= FILL:
             return tile
@@ -212,7 +221,8 @@ def plan(
         and 1 in (stride_bk, stride_bn)
         and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | n) % 16 == 0
     )
-    tile = _tile(dtype, precision, aligned, (batch, m, n))
+    adding = bool(stride_dm and stride_dn)
+    tile = _tile(dtype, precision, aligned, (batch, m, n), adding)
     a_reach = m * stride_am + depth * stride_ak
     b_reach = depth * stride_bk + n * stride_bn
     added_reach = m * stride_dm + n * stride_dn
