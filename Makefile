@@ -65,6 +65,10 @@ static: install ## compile every kernel ahead of time and count registers, spill
 host: install ## time what a call costs on the host, without the kernel
 	$(BIN)/python -m compare host $(ARGS)
 
+.PHONY: models
+models: install ## train small models on our kernels and on torch, step by step
+	$(BIN)/python -m compare models $(ARGS)
+
 .PHONY: doctor
 doctor: install ## say what this machine has and what will run on it
 	$(BIN)/python -m compare doctor $(ARGS)

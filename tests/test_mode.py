@@ -74,7 +74,6 @@ LEFT_TO_TORCH: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "out=": (lambda x: torch.mul(x.detach(), 2, out=torch.empty_like(x)), "another overload"),
     "complex": (lambda x: torch.exp(torch.complex(x, x)), "complex"),
     "integer": (lambda x: torch.arange(3) * torch.arange(3), "integer"),
-    "rounding_mode": (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding_mode"),
     "no op": (lambda x: torch.erfinv(x / 4), "no kernel"),
     "sparse": (lambda x: torch.neg(x.detach().to_sparse()), "sparse"),
     "meta": (lambda x: torch.exp(x.to("meta")), "meta"),

@@ -30,13 +30,13 @@ _MOVING = frozenset(  # a paragraph reads better than a hundred quoted words
     broadcast_tensors broadcast_to cat chunk clone column_stack concat concatenate contiguous copy_
     cpu cuda data detach detach_ diag diag_embed diagonal double dsplit dstack expand expand_as
     fill_ flatten flip fliplr flipud float gather grad half hsplit hstack imag index_select
-    masked_select meshgrid moveaxis movedim narrow pad permute pixel_shuffle pixel_unshuffle ravel
-    real repeat repeat_interleave requires_grad_ reshape reshape_as roll rot90 row_stack select
-    split split_with_sizes squeeze stack swapaxes swapdims t take take_along_dim tensor_split tile
-    to transpose tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze
-    view view_as vsplit vstack zero_ __getitem__ __get__ __set__ __deepcopy__ __reduce_ex__
-    __array__ __iter__ __reversed__ _make_dual _unpack_dual pin_memory retain_grad share_memory_
-    resolve_conj resolve_neg
+    masked_select meshgrid moveaxis movedim narrow pad permute pixel_shuffle pixel_unshuffle
+    positive ravel real repeat repeat_interleave requires_grad_ reshape reshape_as roll rot90
+    row_stack select split split_with_sizes squeeze stack swapaxes swapdims t take take_along_dim
+    tensor_split tile to transpose tril triu type type_as unbind unflatten unfold unsafe_chunk
+    unsafe_split unsqueeze view view_as vsplit vstack zero_ __getitem__ __get__ __set__ __deepcopy__
+    __reduce_ex__ __array__ __iter__ __pos__ __reversed__ _make_dual _unpack_dual pin_memory
+    retain_grad share_memory_ resolve_conj resolve_neg
     """.split()  # noqa: SIM905
 )
 
