@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -294,11 +294,16 @@ class Collection:
         order = sorted(self._found.values(), key=lambda s: not s.vectorisable)
         return sorted(order, key=lambda s: s.kernel)
 
-    def add(self, op: Op, dtypes: Iterable[torch.dtype]) -> None:
+    def add(
+        self,
+        op: Op,
+        dtypes: Iterable[torch.dtype],
+        factories: Callable[[torch.dtype], Iterable[Resized]] = sizes,
+    ) -> None:
         """Run the samples of ``op`` in every size."""
         record = partial(self._record, op.name)
         known = len(self.problems)
-        for make in (make for dtype in dtypes for make in sizes(dtype)):
+        for make in (make for dtype in dtypes for make in factories(dtype)):
             with runtime.stub(), runtime.observe(record):
                 for sample in op.samples(make) if op.samples is not None else ():
                     if make.resizes and not modest(op, sample):

@@ -346,7 +346,7 @@ def test_unknown_name(command: list[str], capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit) as ended:
         main([*command, "--only", "sigmoyd"])
     assert ended.value.code == 2
-    assert "'sigmoyd'; did you mean sigmoid?" in capsys.readouterr().err
+    assert "'sigmoyd'; did you mean sigmoid" in capsys.readouterr().err
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

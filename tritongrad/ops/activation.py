@@ -237,10 +237,10 @@ pointwise(
 )  # fmt: skip
 pointwise(
     "softsign", F.softsign,
-    bind=unary_bind(True), rules={"x": softsign_slope}, opinfo=("nn.functional.softsign",),
+    bind=unary_bind(True, bools=False), rules={"x": softsign_slope}, opinfo=("nn.functional.softsign",),
 )  # fmt: skip
 pointwise(
     "tanhshrink", F.tanhshrink,
-    bind=unary_bind(True), rules={"x": lambda g, x: g * torch.tanh(x) ** 2},
+    bind=unary_bind(True, bools=False), rules={"x": lambda g, x: g * torch.tanh(x) ** 2},
     opinfo=("nn.functional.tanhshrink",),
 )  # fmt: skip

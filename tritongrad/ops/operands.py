@@ -120,13 +120,17 @@ def admit_or_scalar(value: Tensor) -> None:
         raise Unsupported("complex dtype")
 
 
-def unary_bind(to_float: bool) -> Bind:
+def unary_bind(to_float: bool, bools: bool = True) -> Bind:
+    """The signature of one tensor, which integers and, if ``bools``, bools are converted for."""
+
     def bind(input: Tensor) -> tuple[Tensors, Params]:
         admit(input)
         result = input.dtype
         if result in FLOATING:
             return (input,), _UNIFORM[result]
         _promoted(input)
+        if result is torch.bool and not bools:
+            raise Unsupported("bool tensor")
         if not to_float:
             raise Unsupported("integer result")
         return (input,), Params((), (), torch.get_default_dtype())

@@ -70,7 +70,8 @@ def _bind(
 def _run(kind: Scan, params: ScanParams, *operands: Tensor) -> Tensor:
     if not params.dims:  # of a number, or of numbers in a batch
         along = params._replace(dims=(operands[0].dim(),))
-        return _run(kind, along, *[t.unsqueeze(-1) for t in operands]).squeeze(-1)
+        # In place: a view made inside a Function could not be modified in place by the user.
+        return _run(kind, along, *[t.unsqueeze(-1) for t in operands]).squeeze_(-1)
     (dim,) = params.dims
     return scan(kind, operands, dim, params.reverse, params.result, params.result)
 
