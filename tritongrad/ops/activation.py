@@ -237,7 +237,8 @@ pointwise(
 )  # fmt: skip
 pointwise(
     "softsign", F.softsign,
-    bind=unary_bind(True, bools=False), rules={"x": softsign_slope}, opinfo=("nn.functional.softsign",),
+    bind=unary_bind(True, bools=False), rules={"x": softsign_slope},
+    opinfo=("nn.functional.softsign",),
 )  # fmt: skip
 pointwise(
     "tanhshrink", F.tanhshrink,
