@@ -308,3 +308,24 @@ def test_a_name_torch_lacks_is_an_attribute_error() -> None:
 def test_registering_a_name_or_a_callable_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="registered already"):
         register(OPS["exp"])
+
+
+def test_weight_of_l1_loss() -> None:
+    """torch does not hand it to a mode, which would lose it without a word."""
+    x, y, weight = leaf(3, 4), leaf(3, 4), leaf(3, 4)
+    for reduction in ("none", "sum", "mean"):
+
+        def loss(weight: Tensor | None, reduction: str = reduction) -> Tensor:
+            return F.l1_loss(x, y, reduction=reduction, weight=weight)
+
+        for given in (weight, None):
+            expected = loss(given)
+            with tritongrad.use():
+                once = loss(given)
+                with tritongrad.use("mul"):
+                    twice = loss(given)
+            for actual in (once, twice):
+                torch.testing.assert_close(actual, expected)
+        with tritongrad.use():
+            (slope,) = torch.autograd.grad(loss(weight).sum(), weight)
+        torch.testing.assert_close(slope, torch.autograd.grad(loss(weight).sum(), weight)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
@@ -96,6 +97,8 @@ class _Rerouting(TorchFunctionMode):
             if target is None or not takes(self.names, target[0]):
                 return func(*args, **kwargs)
             return library.call(target[0], func, args, kwargs)
+        if func is _l1_loss and "weight" not in kwargs:
+            kwargs = {**kwargs, "weight": _weight_of_caller()}
         if local.bypass:
             return func(*args, **kwargs)
         if func in _BACKWARD and {Tensor, torch.nn.Parameter}.issuperset(types):
@@ -123,6 +126,18 @@ class _Rerouting(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             local.bypass = 0
+
+
+_l1_loss = torch.nn.functional.l1_loss
+
+
+def _weight_of_caller() -> Tensor | None:
+    """``weight`` of the l1_loss call that is being offered, which torch does not pass on."""
+    frame = sys._getframe(2).f_back
+    if frame is None or frame.f_code is not _l1_loss.__code__:
+        return None
+    weight: Tensor | None = frame.f_locals["weight"]
+    return weight
 
 
 def takes(names: frozenset[str] | None, op: Op) -> bool:
