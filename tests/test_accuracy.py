@@ -128,8 +128,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], Exact, tuple[Range, ...]]] = {
 ROUNDED_AT_MOST_ONCE = frozenset(
     """
     abs add addr ceil clamp clamp_max clamp_min copysign eq floor fmax fmin fmod frac ge gt
-    hardshrink hardtanh le leaky_relu lt masked_fill maximum minimum mul nan_to_num ne neg prelu relu relu6
-    remainder round sign softshrink sub threshold trunc where
+    hardshrink hardtanh le leaky_relu lt masked_fill maximum minimum mul nan_to_num ne neg prelu
+    relu relu6 remainder round sign softshrink sub threshold trunc where
     """.split()  # noqa: SIM905
 )
 """Ops that choose, step, or are one or two operations of arithmetic: nothing to measure here."""
