@@ -539,7 +539,8 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
             f"maximum order, {op.max_order})"
         )
     reference = op.reference
-    wanted = [i for i, need in enumerate(needs) if need]
+    # A constant gets nothing: zeros, in the op that it came from, could meet an infinite slope.
+    wanted = [i for i, need in enumerate(needs) if need and i not in op.constants]
     received = [i for i, g in enumerate(grads) if g is not None]
     cotangents: tuple[Any, ...] = tuple(grads[i] for i in received)
 

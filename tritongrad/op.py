@@ -121,6 +121,7 @@ class Op:
         formula: the derivative for a reader, one line.
         dtypes: dtypes of the result that it computes; others fall back.
         differentiable: whether it has a derivative; comparisons have none.
+        constants: of an op defined by its reference, the tensors that it is constant in.
         max_order: derivative order up to which it goes, ``None`` for any.
         cost: ``(params, *tensors) -> (bytes, operations)``, the least that a forward call moves
             and computes; benchmarks compare with it.
@@ -152,6 +153,7 @@ class Op:
     dtypes: frozenset[torch.dtype] = frozenset()
     differentiable: bool = True
     max_order: int | None = None
+    constants: tuple[int, ...] = ()
     cost: Callable[..., tuple[int, int]] | None = None
     samples: Callable[[Make], Iterable[Sample]] | None = None
     sources: str = ""

@@ -25,6 +25,7 @@ from .reduction import (
     KindOf,
     Params,
     exact_pointwise,
+    extremum_jvp,
     hits_per_row,
     read,
     reduction,
@@ -89,13 +90,6 @@ def _whole_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tenso
     g, out = restored(g, params), restored(out, params)
     count = hits_per_row(k.same, params, x, out)
     return exact_pointwise(k.evenly_bwd, (g, x, out, count), params.result, spec.dtype)
-
-
-def _whole_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
-    hits = _same(params, x, out)
-    compute = COMPUTE_DTYPE[params.result]
-    total = total_of(torch.where(hits, tangent, 0.0), params, False, compute)
-    return (total / total_of(hits, params, False, compute)).to(params.result)
 
 
 def _whole_samples(make: Make) -> Iterator[Sample]:
@@ -174,7 +168,8 @@ for _name, _whole, _first, _pair in (
     reduction(
         _name, *_targets, shares=_targets,
         bind=_bind_whole, kind_of=_kinds[0],
-        rule=_whole_rule, backward=_whole_backward, jvp=_whole_jvp, samples=_whole_samples,
+        rule=_whole_rule, backward=_whole_backward, jvp=extremum_jvp, samples=_whole_samples,
+        constants=(2,),
         formula="dx = g / sum(x == out) where x == out, else 0",
         opinfo=(f"{_name}.reduction_no_dim",),
     )  # fmt: skip

@@ -268,6 +268,7 @@ def reduction(
     returns: Callable[[tuple[Any, ...]], Any] | None = None,
     opinfo: tuple[str, ...] | None = None,
     autocast: Mapping[str, str] | None = None,
+    constants: tuple[int, ...] = (),
 ) -> Op:
     """Make and register a reduction.
 
@@ -279,6 +280,7 @@ def reduction(
         jvp: ``(op, params, x, out, tangent) -> tangent of the result``. None: by the rule.
         results: of the dtype of the call, those of what the kernel finishes with, None for what is
             not wanted. None: one, of that dtype.
+        constants: which of the rule's tensors it is constant in.
     """
     push: Callable[..., Any] = jvp or row_jvp
 
@@ -315,7 +317,9 @@ def reduction(
         saves=saves,
         specs=operator.attrgetter("specs"),
         rule=None if rule is None else full_rule,
-        backward=None if backward is None else backward_op(name, full_rule, backward, outputs),
+        backward=None
+        if backward is None
+        else backward_op(name, full_rule, backward, outputs, constants=constants),
         jvp=None if rule is None else full_jvp,
         differentiable=rule is not None,
         vmap=vmap,
@@ -337,6 +341,7 @@ def backward_op(
     backward: Callable[..., Any],
     outputs: int = 1,
     kernels: tuple[str, ...] = ("reduce", "pointwise_dense", "pointwise_strided"),
+    constants: tuple[int, ...] = (),
 ) -> Op:
     """The op of ``(g, x, out)`` that computes the gradient of a reduction's input."""
 
@@ -359,6 +364,7 @@ def backward_op(
         bind=None,
         forward=forward,
         reference=reference,
+        constants=constants,
         vmap=vmap,
         kernels=kernels,
         dtypes=FLOATING,
@@ -488,7 +494,8 @@ def exact_pointwise(
     return out
 
 
-def _extremum_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
+def extremum_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
+    """Where the extremum is NaN nothing equals it, and the tangent is 0 / 0."""
     hits = x == restored(out, params)
     compute = COMPUTE_DTYPE[params.result]
     total = total_of(torch.where(hits, tangent, 0.0), params, params.keepdim, compute)
@@ -604,9 +611,10 @@ def _nanmean(number: float, count: int) -> Kind:
 
 _linear: dict[str, Any] = {"jvp": _linear_jvp, "saves": _saves_nothing, "samples": _total_samples}
 _extremum: dict[str, Any] = {
+    "constants": (2,),
     "rule": _extremum_rule,
     "backward": _extremum_backward,
-    "jvp": _extremum_jvp,
+    "jvp": extremum_jvp,
     "samples": standard_samples,
     "formula": "dx = g / sum(x == out) * (x == out)",
 }

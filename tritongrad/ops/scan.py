@@ -291,6 +291,8 @@ def _bind_prod(
 
 
 def _prod_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
+    if not params.dims:
+        return g.to(spec.dtype, copy=True)  # a number, whose slope is 1, NaN or not
     g, x = restored(g, params), x.to(params.result)
     if len(params.dims) == 1:
         return (g * _others(x, params.dims)).to(spec.dtype)
@@ -308,6 +310,8 @@ def _others(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _prod_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
+    if not params.dims:
+        return _prod_rule(params, spec, g, x, out)
     compute = COMPUTE_DTYPE[params.result]
     launch = plan_for((x,), REST, params.dims, True, params.result)
     rest, zeros = run_many(launch, (x,), (compute, compute))
