@@ -19,10 +19,10 @@ from . import collective
 from . import math as m
 from .pointwise import numbers
 
-# A tile's accumulators: 32 floats a thread, so several 16-byte loads in flight in each, and in
-# float64 half as many elements, or the power of a p-norm spills.
-# A quarter where there are several accumulators, which do more with each element.
-TILE_BYTES = 16384
+# A tile's accumulators: 16 floats a thread, so four 16-byte loads in flight in each, and in float64
+# half as many elements. With twice that, a map that looks for NaN spills.
+# Half of it where there are several accumulators, which do more with each element.
+TILE_BYTES = 8192
 # Kept elements of a tile whose contiguous axis is the kept one: a warp reads 512 bytes in float32.
 KEPT_BLOCK = 128
 # A contiguous run of reduced elements this long is walked by itself; shorter ones are strung

@@ -154,6 +154,8 @@ def _strided(
         like,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
+        # Many addresses and values a thread: fewer elements of each, or they spill.
+        num_warps=4 if len(outs) + len(operands) < 7 else 8,
         **common,
     )  # fmt: skip
     return outs

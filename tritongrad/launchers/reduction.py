@@ -164,7 +164,7 @@ def _plan(
     runs = len(reduced_sizes) == 1 or reduced_sizes[0] >= k.RUN
     length = reduced_sizes[0] if runs else columns
     several = len(reduction.identity) > 1
-    tile = (k.TILE_BYTES // 4 if several else k.TILE_BYTES) // COMPUTE_DTYPE[element].itemsize
+    tile = (k.TILE_BYTES // 2 if several else k.TILE_BYTES) // COMPUTE_DTYPE[element].itemsize
     if _along_rows(kept_strides, reduced_strides):
         block_columns = min(next_power_of_two(length), tile)
         block_rows = min(next_power_of_two(rows), tile // block_columns)
