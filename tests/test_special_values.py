@@ -34,11 +34,12 @@ TINY, LEAST, HUGE = 2.2250738585072014e-308, 5e-324, 1.7e308
 POINTS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 3.0, -2.0, inf, -inf, nan, TINY / 4, -LEAST, HUGE, -HUGE)
 """Where pointwise functions have kinks, poles, overflow and underflow."""
 
-# A gradient of kron or outer is a sum; of the largest floats it overflows or does not by its order.
+# Gradients of these are sums: of the largest floats they overflow or do not by their order, and
+# torch's products with vectors make NaN of the zeros that a lacking tangent is.
 POINTWISE = [
     n
     for n in DIFFERENTIABLE
-    if OPS[n].kernels[0] == "pointwise_dense" and n not in ("kron", "outer")
+    if OPS[n].kernels[0] == "pointwise_dense" and n not in ("addr", "kron", "outer")
 ]
 
 
