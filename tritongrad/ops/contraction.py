@@ -316,7 +316,7 @@ def _gradients(
             da = _contract_to(use, specs[0].shape, g, b)
         if needs[1]:
             db = _contract_to(use, specs[1].shape, g, a)
-        return da, db
+        return da, db, dc
     alpha = params.alpha
     if needs[0]:
         da = use.sum_to(times(use, g, b.mT, params.a_transposed, alpha), specs[0].shape)
