@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tritongrad import kernels
-from tritongrad.function import torch_name
+from tritongrad.dispatch import torch_name
 from tritongrad.op import OPS, Op
 
 from .terminal import add_json_option, choose, dtype_name, make_console, write_json

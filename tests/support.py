@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
 import tritongrad
-from tritongrad.function import torch_name
+from tritongrad.dispatch import torch_name
 from tritongrad.op import OPS, Op
 from tritongrad.runtime import INTERPRETED
 from tritongrad.sampling import Random, Sample, tensors

@@ -21,7 +21,7 @@ from support import ALL, Call, assert_same, calls, flatten
 from torch import Tensor
 
 import tritongrad
-from tritongrad.function import describe
+from tritongrad.dispatch import describe
 from tritongrad.op import OPS, OVERLOADS, TARGETS, Bind
 from tritongrad.sampling import Sample, clone, tensors
 

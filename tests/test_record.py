@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
 from tritongrad import runtime
-from tritongrad.function import apply
+from tritongrad.dispatch import apply
 from tritongrad.op import OPS, BackwardParams, Op, register
 from tritongrad.sampling import Random
 

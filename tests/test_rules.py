@@ -8,7 +8,7 @@ import pytest
 import torch
 from scenarios import gradients, linked, small, square_sum
 
-from tritongrad.function import rules
+from tritongrad.dispatch import rules
 from tritongrad.op import OPS, TARGETS
 from tritongrad.reroute import HARMLESS, why_not
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .function import entry
+from .dispatch import entry
 from .op import TARGETS
 
 

@@ -201,7 +201,7 @@ class Op:
     @cached_property
     def entry(self) -> Callable[..., Any]:
         """It as a function with torch's signature."""
-        from .function import entry
+        from .dispatch import entry
 
         if self.bind is None:
             raise TypeError(f"tritongrad: op {self.name!r} is internal, it has no torch signature")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import library
-from .function import dispatch, other_overload, torch_name
+from .dispatch import dispatch, other_overload, torch_name
 from .op import OPS, OVERLOADS, TARGETS, Op, select
 from .runtime import Session, local
 
@@ -37,7 +37,8 @@ _MOVING = frozenset(  # a paragraph reads better than a hundred quoted words
     tensor_split tile to transpose tril triu type type_as unbind unflatten unfold unsafe_chunk
     unsafe_split unsqueeze view view_as vsplit vstack zero_ __getitem__ __get__ __set__ __deepcopy__
     __reduce_ex__ __array__ __iter__ __pos__ __reversed__ _make_dual _unpack_dual pin_memory
-    retain_grad share_memory_ resolve_conj resolve_neg
+    retain_grad share_memory_ resolve_conj resolve_neg squeeze_ swapaxes_ swapdims_ t_ transpose_
+    unsqueeze_
     """.split()  # noqa: SIM905
 )
 

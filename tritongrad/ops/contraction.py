@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..admission import admit, admit_pair, launchable, settle, transforming
+from ..dispatch import apply
 from ..dtypes import FLOATING, Number, is_number
-from ..function import admit, admit_pair, apply, launchable, settle, transforming
 from ..kernels import arithmetic
 from ..launchers import matmul, reduction
 from ..launchers.pointwise import elementwise

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..admission import admit, admit_pair, settle
+from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
-from ..function import admit, admit_pair, apply, settle
 from ..kernels import reduction as k
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import PRODUCT, Reduction, plan_for, reduce, run_many, sum_to

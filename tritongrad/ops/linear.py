@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..admission import admit, admit_pair, settle, transforming
 from ..dtypes import FLOATING
-from ..function import admit, admit_pair, settle, transforming
 from ..launchers import matmul
 from ..layout import Strides
 from ..op import BackwardParams, Needs, Op, Spec, Tensors, Unsupported, register

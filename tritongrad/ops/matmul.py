@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..function import admit_pair
+from ..admission import admit_pair
 from ..layout import Strides, broadcasts
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample

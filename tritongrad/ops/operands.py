@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..admission import PLAIN_KEY_SETS, PLAIN_TYPES, admit, admit_pair
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
-from ..function import PLAIN_KEY_SETS, PLAIN_TYPES, admit, admit_pair
 from ..layout import broadcast_shape, broadcast_sizes, broadcasts
 from ..op import Bind, OtherOverload, Tensors, Unsupported
 from ..runtime import DEVICE_TYPES

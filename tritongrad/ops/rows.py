@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..admission import settle
+from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, Number, encode_all
-from ..function import apply, settle, vjp
+from ..function import vjp
 from ..kernels import pointwise as k
 from ..launchers.pointwise import NARROW, elementwise
 from ..launchers.reduction import sum_to

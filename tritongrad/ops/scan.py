@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..admission import admit, launchable, settle
+from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL
-from ..function import admit, apply, launchable, settle
 from ..kernels import reduction as k
 from ..launchers.reduction import Reduction, plan_for, run_many
 from ..launchers.scan import CUMPROD, CUMPROD_BACKWARD, CUMSUM, RECURRENCE, Scan, scan

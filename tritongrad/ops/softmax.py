@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..admission import admit, settle, transforming
+from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL
-from ..function import admit, apply, settle, transforming, vjp
+from ..function import vjp
 from ..kernels import reduction as reduction_kernels
 from ..kernels import softmax as k
 from ..launchers import rowwise

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..admission import admit
 from ..dtypes import FLOATING
-from ..function import admit
 from ..op import Bind, Op, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .contraction import GEMM, REDUCTION, check_alike

@@ -1,0 +1,274 @@
+"""From a torch call to an Op: read, checked, counted, and run on it or on torch."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from . import library, runtime
+from .admission import transforming
+from .op import OVERLOADS, TARGETS, Bind, Op, OtherOverload, Tensors, Unsupported
+from .runtime import local
+from .sampling import Sample
+from .sampling import tensors as tensors_of
+
+Function = Callable[..., Any]
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_tracing = torch._C._is_tracing
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def entry(op: Op, bind: Bind, func: Function) -> Function:
+    """The function that runs ``func``'s calls, read by ``bind``, on ``op`` where it can."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return library.call(op, func, args, kwargs)
+        if _function_modes() and not local.bypass:
+            # Called directly, not by a mode: what happens inside is not the user's torch code.
+            with bypass():
+                return dispatch(op, bind, func, args, kwargs, local.session)
+        return dispatch(op, bind, func, args, kwargs, local.session)
+
+    return call
+
+
+def dispatch(
+    op: Op,
+    bind: Bind,
+    func: Function,
+    args: tuple,
+    kwargs: dict[str, Any],
+    session: runtime.Session | None,
+) -> Any:
+    """Run ``func(*args, **kwargs)`` on ``op`` if it can, else on torch. Our modes are out of the
+    way already."""
+    try:
+        if _dispatch_modes() or _is_tracing():
+            # Tracers and fake tensors must see ATen operators, not our launches.
+            raise Unsupported("a tracer or dispatch mode is active")
+        if op.autocast and _any_autocast():
+            args, kwargs = autocast(op, args, kwargs)
+        tensors, params = bind(*args, **kwargs)
+    except OtherOverload:
+        return other_overload(op, bind, func, args, kwargs, session)
+    except Unsupported as reason:
+        return fall_back(op, bind, func, args, kwargs, str(reason), session)
+    except TypeError:
+        return other_overload(op, bind, func, args, kwargs, session)
+    if session is not None:
+        session._count_run(op.name)
+    result = apply(op, params, tensors)
+    return result if op.returns is None else op.returns(result)
+
+
+def other_overload(
+    op: Op,
+    bind: Bind,
+    func: Function,
+    args: tuple,
+    kwargs: dict[str, Any],
+    session: runtime.Session | None,
+) -> Any:
+    """Run a call that ``bind`` cannot read as the next overload of ``func``, else on torch."""
+    following = OVERLOADS.get((func, bind))
+    while following is not None and session is not None and not session.takes(following[0].name):
+        following = OVERLOADS.get((func, following[1]))
+    if following is None:
+        return fall_back(op, bind, func, args, kwargs, str(OtherOverload()), session)
+    return dispatch(*following, func, args, kwargs, session)
+
+
+def fall_back(
+    op: Op,
+    bind: Bind,
+    func: Function,
+    args: tuple,
+    kwargs: dict[str, Any],
+    reason: str,
+    session: runtime.Session | None,
+) -> Any:
+    """Let torch run a call that ``op`` does not take. What torch refuses keeps torch's exception
+    type; the message is preceded by what came for each argument."""
+    if session is not None:
+        session._count_fall_back(torch_name(func), reason)
+    try:
+        refuse_mixed(args, kwargs)
+        return func(*args, **kwargs)
+    except REFUSALS as error:
+        if type(error).__module__ != "builtins":
+            raise  # torch.OutOfMemoryError and its like are not about the arguments
+        message = f"{op.name}({describe(bind, args, kwargs)}): {error}"
+        raise type(error)(message) from error
+
+
+# What torch raises for arguments that it does not take.
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
+
+
+def refuse_mixed(args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise RuntimeError for a meta tensor beside one with memory. torch's own products on the CPU
+    would read memory for it that is not there, and return numbers."""
+    sized = [t for t in tensors_of(Sample(args, kwargs)) if t.dim()]
+    if len({t.device.type == "meta" for t in sized}) > 1:
+        raise RuntimeError("expected all tensors to be on the same device, one is on meta")
+
+
+def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:
+    """The arguments of a call by name: dtype, shape and device of tensors, values of the rest."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            return f"{dtype}{list(value.shape)} on {value.device}"
+        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            return f"[{', '.join(map(show, value))}]"
+        text = repr(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    names = list(inspect.signature(bind).parameters)
+    pairs = [
+        (names[i] if i < len(names) else f"argument {i + 1}", value) for i, value in enumerate(args)
+    ]
+    pairs += list(kwargs.items())
+    return ", ".join(f"{name}={show(value)}" for name, value in pairs)
+
+
+@cache
+def torch_name(func: Function) -> str:
+    """Public name of a torch callable, for reports."""
+    plain = getattr(func, "__name__", "")
+    for module in (torch, torch.nn.functional):
+        # resolve_name knows some functions by an alias (torch.mm as torch.spmm).
+        if getattr(module, plain, None) is func:
+            return f"{module.__name__}.{plain}"
+    with contextlib.suppress(Exception):
+        if name := torch.overrides.resolve_name(func):
+            return name
+    return getattr(func, "__name__", repr(func))
+
+
+_AUTOCAST_ORDER = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def autocast(op: Op, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Cast the arguments as torch's autocast does for this op on their device."""
+    tensors = tensors_of(Sample(args, kwargs))
+    device = next((t.device.type for t in tensors), "cpu")
+    policy = op.autocast.get(device, "keep")
+    if policy == "keep" or not torch.is_autocast_enabled(device):
+        return args, kwargs
+    # float64 is never lowered, and only tensors on the autocasting device are touched.
+    eligible = [
+        t
+        for t in tensors
+        if t.is_floating_point() and t.device.type == device and t.dtype != torch.float64
+    ]
+    if not eligible:
+        return args, kwargs
+    if policy == "lower":
+        target = torch.get_autocast_dtype(device)
+    elif policy == "float32":
+        target = torch.float32
+    else:
+        target = max((t.dtype for t in eligible), key=_AUTOCAST_ORDER.index)
+        if {torch.float16, torch.bfloat16} <= {t.dtype for t in eligible}:
+            target = torch.float32
+    chosen = {id(t) for t in eligible}
+
+    def cast(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(cast, value))
+        return value.to(target) if id(value) in chosen else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> Any:
+    """Run a bound call: directly when nothing asks for a derivative, else through the Function.
+
+    Returns the public outputs: a tensor, or a tuple of them; on request ``everything``, also what
+    the op keeps for its backward.
+    """
+    call = op.forward
+    if call is None:
+        return compose(op, params, tensors)
+    if transforming():
+        result = op.function.apply(params, *tensors)
+    else:
+        if op.differentiable:
+            if forward_ad._current_level >= 0:
+                call = op.recorded
+            elif _grad_enabled():
+                for t in tensors:
+                    if t is not None and t.requires_grad:
+                        call = op.recorded
+                        break
+        result = call(params, *tensors)
+    if type(result) is tuple and len(result) > op.outputs and not everything:
+        return result[0] if op.outputs == 1 else result[: op.outputs]
+    return result
+
+
+def compose(op: Op, params: Any, tensors: Tensors) -> Any:
+    """Run a composite: its definition, each operation of it on the op that replaces it."""
+    assert op.reference is not None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(rules())
+        if op.autocast and _any_autocast():
+            # As in torch, what has been cast as the whole is not cast again in its parts.
+            for device in op.autocast:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+        found = op.reference(params, *tensors)
+    return found[0] if op.outputs == 1 else found
+
+
+class rules(TorchFunctionMode):
+    """Evaluate derivative rules: torch calls inside run on our ops, whatever mode is open."""
+
+    def __enter__(self) -> rules:
+        self.previous, local.bypass = local.bypass, 0
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        local.bypass = self.previous
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if local.bypass:
+            return func(*args, **kwargs)
+        # Neither is for the modes around this one, which are the user's.
+        local.bypass = 1
+        try:
+            target = TARGETS.get(func)
+            if target is not None:
+                return dispatch(*target, func, args, kwargs, None)
+            return func(*args, **kwargs)
+        finally:
+            local.bypass = 0
+
+
+@contextlib.contextmanager
+def bypass() -> Iterator[None]:
+    """Keep our modes out of torch calls made by the library itself."""
+    previous, local.bypass = local.bypass, 1
+    try:
+        yield
+    finally:
+        local.bypass = previous
