@@ -365,8 +365,7 @@ def test_what_we_do_not_take_is_torchs(case: str) -> None:
 
 def test_tile_table() -> None:
     """Tiles go from large to small, the last fits any shape, and big products get the big ones."""
-    halves = [launcher._HALF, launcher._HALF_UNALIGNED]
-    for table in [*halves, launcher._SINGLE, launcher._SINGLE_TF32, launcher._DOUBLE]:
+    for table in launcher._TILES.values():
         areas = [tile.m * tile.n for tile in table]
         assert areas == sorted(areas, reverse=True)
         assert (table[-1].m, table[-1].n) == (16, 16)

@@ -38,64 +38,44 @@ class Tile(NamedTuple):
 # registers (the accumulator takes m n / (32 warps) of 255 a thread) and shared memory (as many
 # copies of k (m + n) elements as stages; sm_90 has 227 KiB, gfx942 64). None spills on sm_80 or
 # later, nor on gfx942: `compare static` is the judge.
-_HALF = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(64, 64, 64, 4, 4),
-    Tile(32, 64, 32, 4, 4),
-    Tile(64, 32, 64, 4, 3),
-    Tile(16, 64, 128, 4, 3),
-    Tile(64, 16, 128, 4, 3),
-    Tile(16, 32, 128, 4, 4),
-    Tile(32, 16, 128, 4, 4),
-    Tile(16, 16, 128, 4, 4),
-)
+#
+# Of each tile the depth k, 0 where the kind has no use of it. Half precision wants depth; without
+# aligned rows each element has an address of its own, for which depth costs registers. IEEE
+# float32 has no tensor core: its products are ordinary arithmetic on registers, of which a deep
+# tile would take too many. TF32 wants depth again, and aligned rows.
+_KINDS = ("half", "half, unaligned", "float32", "tf32", "float64")
+_DEPTHS = {
+    # m, n, warps
+    (128, 128, 8): (64, 0, 16, 32, 0),
+    (128, 64, 8): (0, 32, 0, 0, 16),
+    (64, 128, 8): (0, 0, 16, 0, 0),
+    (64, 64, 4): (64, 32, 0, 32, 16),
+    (32, 64, 4): (32, 32, 16, 32, 0),
+    (64, 32, 4): (64, 32, 16, 32, 0),
+    (32, 32, 4): (0, 0, 0, 0, 16),
+    (16, 64, 4): (128, 32, 32, 64, 0),
+    (64, 16, 4): (128, 32, 32, 64, 0),
+    (16, 32, 4): (128, 64, 32, 64, 16),
+    (32, 16, 4): (128, 64, 32, 64, 16),
+    (16, 16, 4): (128, 64, 32, 64, 16),
+}
+
+
+def _stages(kind: str, m: int, n: int, k: int) -> int:
+    """Copies of the operands' blocks: a fourth where half precision has the shared memory."""
+    return 4 if kind == "half" and 4 * 2 * k * (m + n) <= 64 * 1024 else 3
+
+
+_TILES = {
+    kind: tuple(
+        Tile(m, n, depths[i], warps, _stages(kind, m, n, depths[i]))
+        for (m, n, warps), depths in _DEPTHS.items()
+        if depths[i]
+    )
+    for i, kind in enumerate(_KINDS)
+}
 # Reads a quarter less, and keeps Hopper's tensor cores busier. Before Hopper it spills.
 _HALF_HOPPER = Tile(128, 256, 64, 8, 3)
-# Without aligned rows each element has an address of its own, for which depth costs registers.
-_HALF_UNALIGNED = (
-    Tile(128, 64, 32, 8, 3),
-    Tile(64, 64, 32, 4, 3),
-    Tile(32, 64, 32, 4, 3),
-    Tile(64, 32, 32, 4, 3),
-    Tile(16, 64, 32, 4, 3),
-    Tile(64, 16, 32, 4, 3),
-    Tile(16, 32, 64, 4, 3),
-    Tile(32, 16, 64, 4, 3),
-    Tile(16, 16, 64, 4, 3),
-)
-# IEEE float32 has no tensor core: its products are ordinary arithmetic on registers, of which a
-# deep tile would take too many.
-_SINGLE = (
-    Tile(128, 128, 16, 8, 3),
-    Tile(64, 128, 16, 8, 3),
-    Tile(32, 64, 16, 4, 3),
-    Tile(64, 32, 16, 4, 3),
-    Tile(16, 64, 32, 4, 3),
-    Tile(64, 16, 32, 4, 3),
-    Tile(16, 32, 32, 4, 3),
-    Tile(32, 16, 32, 4, 3),
-    Tile(16, 16, 32, 4, 3),
-)
-# TF32, like half precision, wants depth, and aligned rows.
-_SINGLE_TF32 = (
-    Tile(128, 128, 32, 8, 3),
-    Tile(64, 64, 32, 4, 3),
-    Tile(32, 64, 32, 4, 3),
-    Tile(64, 32, 32, 4, 3),
-    Tile(16, 64, 64, 4, 3),
-    Tile(64, 16, 64, 4, 3),
-    Tile(16, 32, 64, 4, 3),
-    Tile(32, 16, 64, 4, 3),
-    Tile(16, 16, 64, 4, 3),
-)
-_DOUBLE = (
-    Tile(128, 64, 16, 8, 3),
-    Tile(64, 64, 16, 4, 3),
-    Tile(32, 32, 16, 4, 3),
-    Tile(16, 32, 16, 4, 3),
-    Tile(32, 16, 16, 4, 3),
-    Tile(16, 16, 16, 4, 3),
-)
 
 # Programs that keep a GPU busy (an H200 has 132 multiprocessors): a larger tile that makes fewer
 # of them leaves multiprocessors idle.
@@ -115,12 +95,12 @@ def float32_precision() -> str:
 
 def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...]:
     if dtype is torch.float64:
-        return _DOUBLE
+        return _TILES["float64"]
     if dtype is torch.float32:
-        return _SINGLE if precision == "ieee" or not aligned else _SINGLE_TF32
+        return _TILES["float32" if precision == "ieee" or not aligned else "tf32"]
     if not aligned:
-        return _HALF_UNALIGNED
-    return (_HALF_HOPPER, *_HALF) if _HAS_WGMMA else _HALF
+        return _TILES["half, unaligned"]
+    return (_HALF_HOPPER, *_TILES["half"]) if _HAS_WGMMA else _TILES["half"]
 
 
 def _tile(

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from ..kernels import activation as k
 from ..sampling import Make, Sample
-from .operands import (
+from .operands import unary, unary_bind
+from .rows import row, spelled, standard_samples
+from .signatures import (
     bind_celu,
     bind_gelu,
     bind_hardtanh,
     bind_prelu,
     bind_relu_function,
     bind_softshrink,
-    unary,
-    unary_bind,
 )
-from .rows import row, spelled, standard_samples
 
 T = Tensor
 F = torch.nn.functional

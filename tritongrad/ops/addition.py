@@ -17,19 +17,11 @@ from ..dtypes import Number
 from ..kernels import arithmetic
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
-from .contraction import (
-    GEMM,
-    REDUCTION,
-    Params,
-    check_factors,
-    check_fits,
-    product,
-    product_shape,
-    read_sum,
-)
+from .contraction import GEMM, REDUCTION, product
+from .factors import Params, check_factors, check_fits, product_shape, read_sum
 from .matmul import LOWER, bmm_form, mm_form
-from .operands import bind_addr
 from .rows import row
+from .signatures import bind_addr
 from .tensor_product import POINTWISE, admit_alike, composite
 
 

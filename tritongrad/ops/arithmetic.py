@@ -22,8 +22,9 @@ from torch import Tensor
 from ..dtypes import Number
 from ..kernels import arithmetic as k
 from ..sampling import Make, Sample
-from .operands import (
-    binary_bind,
+from .operands import binary_bind, bind_two, reflected, unary, unary_bind
+from .rows import number_samples, row, spelled, standard_samples
+from .signatures import (
     bind_addc,
     bind_div,
     bind_float_power,
@@ -35,12 +36,7 @@ from .operands import (
     bind_rsub,
     bind_scaled_left,
     bind_sub,
-    bind_two,
-    reflected,
-    unary,
-    unary_bind,
 )
-from .rows import number_samples, row, spelled, standard_samples
 
 T = Tensor
 pointwise = partial(row, k)
@@ -241,16 +237,18 @@ pointwise(
     bind=unary_bind(True), rules={"x": lambda g, out: -g * (out * out)}, low=0.3,
     autocast={"cuda": "float32"},
 )  # fmt: skip
-pointwise(
-    "deg2rad", *spelled("deg2rad"),
-    bind=lambda input: unary(input, math.pi / 180, to_float=True), consts=("factor",),
-    device="scale", rules={"x": lambda g, factor: g * factor},
-)  # fmt: skip
-pointwise(
-    "rad2deg", *spelled("rad2deg"),
-    bind=lambda input: unary(input, 180 / math.pi, to_float=True), consts=("factor",),
-    device="scale", rules={"x": lambda g, factor: g * factor},
-)  # fmt: skip
+
+
+def _scaled_by(name: str, factor: float) -> None:
+    pointwise(
+        name, *spelled(name),
+        bind=lambda input: unary(input, factor, to_float=True), consts=("factor",),
+        device="scale", rules={"x": lambda g, factor: g * factor},
+    )  # fmt: skip
+
+
+_scaled_by("deg2rad", math.pi / 180)
+_scaled_by("rad2deg", 180 / math.pi)
 pointwise(
     "addcmul", *spelled("addcmul"),
     bind=bind_addc,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -182,41 +182,37 @@ pointwise(
     "sinc", *spelled("sinc"),
     bind=unary_bind(True), rules={"x": sinc_slope}, low=0.2,
 )  # fmt: skip
-pointwise(
-    "logaddexp", *spelled("logaddexp"),
-    bind=bind_tensors, inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: g / (1 + torch.exp(y - x)),
-        "y": lambda g, x, y: g / (1 + torch.exp(x - y)),
-    },
-)  # fmt: skip
-pointwise(
-    "logaddexp2", *spelled("logaddexp2"),
-    bind=bind_tensors, inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: g / (1 + torch.exp2(y - x)),
-        "y": lambda g, x, y: g / (1 + torch.exp2(x - y)),
-    },
-)  # fmt: skip
-pointwise(
-    "xlogy", *spelled("xlogy"),
-    bind=binary_bind(True, numbers="any"), inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: times_log(torch.xlogy, g, x, y, 0),
-        "y": lambda g, x, y: g * x / y,
-    },
-    samples=_with_numbers(0.3, 2.0),
-)  # fmt: skip
-pointwise(
-    "xlog1py", *spelled("xlog1py"),
-    bind=binary_bind(True, numbers="any"), inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: times_log(torch.special.xlog1py, g, x, y, -1),
-        "y": lambda g, x, y: g * x / (y + 1),
-    },
-    samples=_with_numbers(0.3, 2.0),
-    opinfo=("special.xlog1py",),
-)  # fmt: skip
+
+
+def _log_sum(name: str, exp: Callable[[Tensor], Tensor]) -> None:
+    pointwise(
+        name, *spelled(name),
+        bind=bind_tensors, inputs=("x", "y"),
+        rules={
+            "x": lambda g, x, y: g / (1 + exp(y - x)),
+            "y": lambda g, x, y: g / (1 + exp(x - y)),
+        },
+    )  # fmt: skip
+
+
+def _times_log(name: str, function: Callable[..., Tensor], shift: int, opinfo: str) -> None:
+    """x log(y + shift)"""
+    pointwise(
+        name, *spelled(name),
+        bind=binary_bind(True, numbers="any"), inputs=("x", "y"),
+        rules={
+            "x": lambda g, x, y: times_log(function, g, x, y, -shift),
+            "y": lambda g, x, y: g * x / (y + shift if shift else y),
+        },
+        samples=_with_numbers(0.3, 2.0),
+        opinfo=(opinfo,),
+    )  # fmt: skip
+
+
+_log_sum("logaddexp", torch.exp)
+_log_sum("logaddexp2", torch.exp2)
+_times_log("xlogy", torch.xlogy, 0, "xlogy")
+_times_log("xlog1py", torch.special.xlog1py, 1, "special.xlog1py")
 pointwise(
     "entr", *spelled("entr"),
     bind=unary_bind(True), rules={"x": lambda g, x: g * -(1 + torch.log(x))}, low=0.3,

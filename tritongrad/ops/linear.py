@@ -23,12 +23,11 @@ from .contraction import (
     Arithmetic,
     backward_op,
     batch_first,
-    check_alike,
-    is_transposed,
     rows,
     saves,
     times,
 )
+from .factors import check_alike, is_transposed
 from .matmul import LOWER
 
 linear = torch.nn.functional.linear

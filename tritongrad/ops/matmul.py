@@ -14,17 +14,8 @@ from ..admission import admit_pair
 from ..layout import Strides, broadcasts
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
-from .contraction import (
-    GEMM,
-    INNER,
-    REDUCTION,
-    VECTOR_BACKWARD,
-    Matrices,
-    Params,
-    is_transposed,
-    product,
-    read,
-)
+from .contraction import GEMM, REDUCTION, VECTOR_BACKWARD, product
+from .factors import INNER, Matrices, Params, is_transposed, read
 
 # ---------------------------------------------------------------------- reading torch's signatures
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,20 +11,17 @@ from torch import Tensor
 
 from ..kernels import selection as k
 from ..sampling import Make, Sample
-from .operands import (
-    binary_bind,
+from .operands import binary_bind, bind_tensors, bind_two, unary_bind
+from .rows import number_samples, row, spelled, standard_samples
+from .signatures import (
     bind_clamp,
     bind_masked_fill,
     bind_nan_to_num,
     bind_pair,
     bind_round,
-    bind_tensors,
-    bind_two,
     bind_where,
     bind_where_method,
-    unary_bind,
 )
-from .rows import number_samples, row, spelled, standard_samples
 
 T = Tensor
 pointwise = partial(row, k)
@@ -116,32 +113,49 @@ pointwise(
     "sign", torch.sign, torch.sgn, T.sign, T.sgn,
     bind=unary_bind(False), rules={"x": lambda g: torch.zeros_like(g)}, opinfo=("sign", "sgn"),
 )  # fmt: skip
-pointwise(
-    "maximum", torch.maximum, T.maximum,
-    bind=bind_tensors,
-    variants={torch.max: bind_pair, T.max: bind_pair},
-    shares=(torch.max, T.max),
-    opinfo=("maximum", "max.binary"),
-    inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x < y, 0.0, g)),
-        "y": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x > y, 0.0, g)),
-    },
-    jvp=lambda dx, dy, x, y: chosen_tangent(dx, dy, x == y, x > y),
-)  # fmt: skip
-pointwise(
-    "minimum", torch.minimum, T.minimum,
-    bind=bind_tensors,
-    variants={torch.min: bind_pair, T.min: bind_pair},
-    shares=(torch.min, T.min),
-    opinfo=("minimum", "min.binary"),
-    inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x > y, 0.0, g)),
-        "y": lambda g, x, y: torch.where(x == y, g / 2, torch.where(x < y, 0.0, g)),
-    },
-    jvp=lambda dx, dy, x, y: chosen_tangent(dx, dy, x == y, x < y),
-)  # fmt: skip
+
+
+def _extremum(name: str, reduction: str, beyond: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """maximum or minimum; ``beyond(x, y)`` says where x is chosen."""
+    overloads = getattr(torch, reduction), getattr(T, reduction)
+    pointwise(
+        name, *spelled(name),
+        bind=bind_tensors,
+        variants=dict.fromkeys(overloads, bind_pair),
+        shares=overloads,
+        opinfo=(name, f"{reduction}.binary"),
+        inputs=("x", "y"),
+        rules={
+            "x": lambda g, x, y: torch.where(x == y, g / 2, torch.where(beyond(y, x), 0.0, g)),
+            "y": lambda g, x, y: torch.where(x == y, g / 2, torch.where(beyond(x, y), 0.0, g)),
+        },
+        jvp=lambda dx, dy, x, y: chosen_tangent(dx, dy, x == y, beyond(x, y)),
+    )  # fmt: skip
+
+
+def _numeric_extremum(
+    name: str,
+    reaches: Callable[[Tensor, Tensor], Tensor],
+    beyond: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """fmax or fmin, which choose x where y is NaN, and of what ties x as well; torch's forward mode
+    has a tie of its own, ``beyond``."""
+    pointwise(
+        name, *spelled(name),
+        bind=bind_tensors,
+        inputs=("x", "y"),
+        rules={
+            "x": lambda g, x, y: torch.where(y != y, g, torch.where(reaches(x, y), g, 0.0)),
+            "y": lambda g, x, y: torch.where(y != y, 0.0, torch.where(reaches(x, y), 0.0, g)),
+        },
+        jvp=lambda dx, dy, x, y: numeric_tangent(dx, dy, torch.where(y != y, True, beyond(x, y))),
+    )  # fmt: skip
+
+
+_extremum("maximum", "max", torch.gt)
+_extremum("minimum", "min", torch.lt)
+_numeric_extremum("fmax", torch.ge, torch.gt)
+_numeric_extremum("fmin", torch.le, torch.le)
 pointwise(
     "where", torch.where,
     bind=bind_where,
@@ -149,26 +163,6 @@ pointwise(
     inputs=("c", "x", "y"),
     rules={"x": lambda g, c: torch.where(c, g, 0.0), "y": lambda g, c: torch.where(c, 0.0, g)},
     samples=_where_samples,
-)  # fmt: skip
-pointwise(
-    "fmax", *spelled("fmax"),
-    bind=bind_tensors,
-    inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: torch.where(y != y, g, torch.where(x >= y, g, 0.0)),
-        "y": lambda g, x, y: torch.where(y != y, 0.0, torch.where(x >= y, 0.0, g)),
-    },
-    jvp=lambda dx, dy, x, y: numeric_tangent(dx, dy, torch.where(y != y, True, x > y)),
-)  # fmt: skip
-pointwise(
-    "fmin", *spelled("fmin"),
-    bind=bind_tensors,
-    inputs=("x", "y"),
-    rules={
-        "x": lambda g, x, y: torch.where(y != y, g, torch.where(x <= y, g, 0.0)),
-        "y": lambda g, x, y: torch.where(y != y, 0.0, torch.where(x <= y, 0.0, g)),
-    },
-    jvp=lambda dx, dy, x, y: numeric_tangent(dx, dy, torch.where(y != y, True, x <= y)),
 )  # fmt: skip
 pointwise(
     "clamp", *spelled("clamp", "clip"),

@@ -19,7 +19,8 @@ from ..admission import admit
 from ..dtypes import FLOATING
 from ..op import Bind, Op, Tensors, Unsupported, register
 from ..sampling import Make, Sample
-from .contraction import GEMM, REDUCTION, check_alike
+from .contraction import GEMM, REDUCTION
+from .factors import check_alike
 from .operands import bind_tensors
 
 POINTWISE = ("pointwise_dense", "pointwise_strided")
