@@ -152,7 +152,9 @@ def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
         return replace(args)
 
     def function(*tensors: Tensor) -> Any:
-        return op.entry(*filled(tensors), **kwargs)
+        found = op.entry(*filled(tensors), **kwargs)
+        # torch.func.vjp takes no indices.
+        return found if type(found) is Tensor else [t for t in found if t.is_floating_point()]
 
     if path == "vjp":
         return (

@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +91,10 @@ class Op:
             signature differs (reflected operators, ``Tensor.where``, ``torch.norm``).
         overloads: further signatures of all in ``replaces``, tried in this order where ``bind``
             does not fit.
+        ambient: what ``bind`` and the rest depend on beside the arguments (a precision that torch
+            was told), compared before an earlier reading is used again; a new object each time
+            where none may be (random numbers, tests of values). None: nothing, but for the default
+            dtype, which integers are converted to.
         shares: those that it shares with other ops, which take other overloads of them.
         outputs: number of public outputs, of which those that are not floating-point have no
             derivative; whatever ``forward`` returns beyond them is kept for ``backward`` only.
@@ -135,6 +139,7 @@ class Op:
     replaces: tuple[Callable[..., Any], ...] = ()
     variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
     overloads: tuple[Bind, ...] = ()
+    ambient: Callable[[], Any] | None = None
     shares: tuple[Callable[..., Any], ...] = ()
     outputs: int = 1
     returns: Callable[[tuple[Any, ...]], Any] | None = None
@@ -166,6 +171,20 @@ class Op:
                 f"op {self.name!r} has neither a derivative rule nor a reference; an op that has "
                 "no derivative says so with differentiable=False"
             )
+        self._remember_calls()
+
+    def _remember_calls(self) -> None:
+        from .recall import remembering
+
+        @cache  # one that serves several callables stays one
+        def wrapped(bind: Bind) -> Bind:
+            return remembering(bind, self.ambient)
+
+        if self.bind is not None:
+            object.__setattr__(self, "bind", wrapped(self.bind))
+        variants = {target: wrapped(bind) for target, bind in self.variants.items()}
+        object.__setattr__(self, "variants", variants)
+        object.__setattr__(self, "overloads", tuple(map(wrapped, self.overloads)))
 
     @cached_property
     def _functions(self) -> tuple[type[torch.autograd.Function], Callable[..., Any]]:

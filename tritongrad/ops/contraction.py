@@ -323,6 +323,7 @@ def product(
     return Op(
         name=name,
         bind=bind,
+        ambient=matmul.float32_precision,
         forward=_forward,
         replaces=targets,
         variants=variants or {},

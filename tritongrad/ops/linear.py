@@ -208,6 +208,7 @@ register(
     Op(
         name="linear",
         bind=_bind_linear,
+        ambient=matmul.float32_precision,
         forward=_forward,
         replaces=(linear,),
         saves=saves,
