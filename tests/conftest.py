@@ -24,6 +24,15 @@ hypothesis.settings.register_profile("tritongrad", derandomize=True, database=No
 hypothesis.settings.load_profile("tritongrad")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-op",
+        action="store_true",
+        help="also for ops that differ in a device function alone, what they share (takes twice as "
+        "long)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Native torch is the reference; where it has nothing deterministic, it may say so and go on.
     config.addinivalue_line(
@@ -31,12 +40,28 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("every_op"):
+        leave_out_repetitions(config, items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+def leave_out_repetitions(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep, of the tests of what ops share, those for one op of each mechanism."""
+    from support import representatives
+
+    chosen = representatives()
+    repeated = [
+        item
+        for item in items
+        if item.get_closest_marker("mechanism") and item.callspec.params["name"] not in chosen
+    ]
+    config.hook.pytest_deselected(items=repeated)
+    items[:] = [item for item in items if item not in set(repeated)]
 
 
 @pytest.fixture

@@ -364,6 +364,24 @@ DIFFERENTIABLE = names(op for op in OPS.values() if op.differentiable)
 """Names of the ops that have derivatives."""
 
 
+def _mechanism(op: Op) -> Any:
+    """What serves an op. A pointwise one shares it with those that differ from it in their device
+    functions alone: as many operands and numbers, as many saved."""
+    if not op.kernels or not all(kernel.startswith("pointwise") for kernel in op.kernels):
+        return op.name
+    assert op.bind is not None
+    args, kwargs, _ = calls(op)[0].sample
+    bound, params = op.bind(*args, **kwargs)
+    needs = tuple([t is not None and t.is_floating_point() for t in bound])
+    saved = op.differentiable and op.saves and tuple(op.saves(params, needs))
+    return len(bound), len(getattr(params, "consts", ())), saved, op.differentiable, op.composite
+
+
+def representatives() -> set[str]:
+    """Names of ops, the first of each mechanism."""
+    return {op.name for op in {_mechanism(op): op for op in reversed(OPS.values())}.values()}
+
+
 def floats(value: Any) -> list[Tensor]:
     """The differentiable outputs among the results of a call."""
     return [t for t in flatten(value) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -172,6 +172,7 @@ def test_gradient_penalty(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.mechanism
 def test_functional_hessian(name: str) -> None:
     """HAZARDS 2: in other libraries these are zeros, and no error."""
     for call in small(name):

@@ -165,6 +165,7 @@ def test_float64_constants_are_exact() -> None:
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@pytest.mark.mechanism
 def test_gradients_have_their_inputs_dtype(name: str, dtype: torch.dtype) -> None:
     call = calls(OPS[name], dtype)[0]
     outputs = floats(call.triton(*call.inputs))
@@ -199,6 +200,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.mechanism
 def test_autocast_off_inside(name: str) -> None:
     """A region that switches autocast off computes in the inputs' dtype."""
     call = calls(OPS[name], torch.float32)[0]

@@ -184,6 +184,7 @@ def test_dtype(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.mechanism
 def test_device(name: str) -> None:
     def others(tensor: Tensor) -> Iterator[Any]:
         yield tensor.to("meta")
@@ -263,6 +264,7 @@ DIM = st.integers(-4, 4)
 @pytest.mark.parametrize("name", ALL)
 @RANDOM
 @given(data=st.data())
+@pytest.mark.mechanism
 def test_random_shapes(name: str, data: st.DataObject) -> None:
     """Whether operands fit each other is torch's decision for any two shapes."""
     sample = few(name, 1)[0].sample

@@ -40,6 +40,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @each_op
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.mechanism
 def test_gradient_layout(name: str, layout: str) -> None:
     """1: an upstream gradient of any layout is read where its elements are."""
     if layout == "zero tensor" and name in (
@@ -59,6 +60,7 @@ def test_gradient_layout(name: str, layout: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_gradient_from_sum_and_view(name: str) -> None:
     """1: the gradients that sum (stride 0), slicing and stacking send, twice differentiated."""
 
@@ -95,6 +97,7 @@ def test_gradient_penalty(name: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_second_backward_with_another_scale(name: str) -> None:
     """3: ``retain_graph=True`` and a second backward that scales differently."""
 
@@ -109,6 +112,7 @@ def test_second_backward_with_another_scale(name: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_used_twice(name: str) -> None:
     """3: ``f(x) + f(x)``, and ``f(x) + x`` where the shapes allow it; gradients accumulate."""
 
@@ -134,6 +138,7 @@ def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.mechanism
 def test_nothing_overwritten(name: str, dtype: torch.dtype) -> None:
     """4: inputs, saved tensors and incoming gradients keep their bits."""
     for call in small(name, dtype, most=3):
@@ -262,6 +267,7 @@ def test_each_input_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.mechanism
 def test_nothing_saved_without_grad(name: str) -> None:
     """5: no_grad and inference_mode save nothing, build no graph, and give the same numbers; nor
     does a call none of whose inputs requires a gradient."""
@@ -285,6 +291,7 @@ def test_nothing_saved_without_grad(name: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_hooks(name: str) -> None:
     """8: hooks on inputs, results and graph nodes are called and may replace gradients."""
 
@@ -315,6 +322,7 @@ def test_hooks(name: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_views_detach_and_late_requires_grad(name: str) -> None:
     """8: inputs that are views, results that are viewed, detached or set to require a gradient."""
 
@@ -330,6 +338,7 @@ def test_views_detach_and_late_requires_grad(name: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_anomaly_mode(name: str) -> None:
     """8: anomaly mode changes nothing."""
 
@@ -344,6 +353,7 @@ def test_anomaly_mode(name: str) -> None:
 
 @each_op
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.mechanism
 def test_checkpoint(name: str, reentrant: bool) -> None:
     """8: both kinds of checkpoint, backward inside ``use()`` so that both passes meet our ops."""
     for call in small(name, most=3):
@@ -364,6 +374,7 @@ def test_checkpoint(name: str, reentrant: bool) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_freed_graph(name: str) -> None:
     """8: a second backward through a freed graph raises torch's error; where an op of torch or of
     ours keeps nothing that could be freed, it is right."""
@@ -388,6 +399,7 @@ def test_freed_graph(name: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_saved_tensors_hooks(name: str) -> None:
     """8: saved tensors may be packed, moved and recomputed: twice differentiated."""
 
@@ -420,6 +432,7 @@ def test_saved_tensors_hooks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.mechanism
 def test_twenty_runs_same_bits(name: str) -> None:
     """26: the forward and every gradient have the same bits in twenty runs."""
     call = small(name)[-2 if len(small(name)) > 1 else 0]

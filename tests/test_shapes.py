@@ -65,6 +65,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.mechanism
 def test_input_layout(name: str, layout: str) -> None:
     """9: inputs of any layout; values, gradients and the layout of results are torch's."""
     if layout == "overlapping" and name == "kron":
@@ -98,6 +99,7 @@ def direct(call: Call, inputs: Sequence[Tensor]) -> Any:
 
 @each_op
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.preserve_format], ids=str)
+@pytest.mark.mechanism
 def test_memory_format(name: str, memory_format: torch.memory_format) -> None:
     """9: channels-last inputs, and permuted ones, give results in the layout that torch's have."""
 
@@ -182,6 +184,7 @@ def test_degenerate_sizes(name: str, size: int) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.mechanism
 def test_wrong_shapes(name: str, dim: int) -> None:
     """13: shapes that do not go together raise torch's error, and no kernel is launched on them."""
     for call in solid(name):
@@ -241,6 +244,7 @@ def test_long_dimensions(name: str) -> None:
 
 
 @each_op
+@pytest.mark.mechanism
 def test_grid_limits(name: str) -> None:
     """11: a GPU's grid has at most 65535 programs in y and in z, whatever the sizes."""
     grids: list[tuple[int, ...]] = []

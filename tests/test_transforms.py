@@ -101,6 +101,7 @@ def without_indices(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.mechanism
 def test_vjp_jvp_and_linearize(name: str) -> None:
     for call in small(name, most=3):
         # Clones: linearize writes into what it traces, and an expanded tensor cannot be written.
@@ -144,6 +145,7 @@ def test_vmap_over_every_choice_of_dimensions(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.mechanism
 def test_gradients_per_sample(name: str) -> None:
     """Each sample has its own gradient, also of an input that all samples share."""
     for call in small(name, most=2):

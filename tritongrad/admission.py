@@ -77,16 +77,6 @@ def admit(tensor: Tensor) -> None:
     raise Unsupported("lazily evaluated tensor")
 
 
-def admit_pair(a: Tensor, b: Tensor) -> None:
-    """``admit`` both."""
-    if type(a) in PLAIN_TYPES and type(b) in PLAIN_TYPES:
-        keys = _keys(a).raw_repr()
-        if keys in PLAIN_KEY_SETS and _keys(b).raw_repr() == keys:
-            return
-    admit(a)
-    admit(b)
-
-
 def launchable(tensors: Tensors) -> bool:
     """Whether our kernels may compute with ``tensors``: not under a tracer, which must see ATen
     operators, nor with anything but memory under its wrappers (zeros of forward mode)."""

@@ -18,11 +18,11 @@ from ..kernels import arithmetic
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .contraction import GEMM, REDUCTION, product
-from .factors import Params, check_factors, check_fits, product_shape, read_sum
+from .factors import Params, admit_alike, check_factors, check_fits, product_shape, read_sum
 from .matmul import LOWER, bmm_form, mm_form
 from .rows import row
 from .signatures import bind_addr
-from .tensor_product import POINTWISE, admit_alike, composite
+from .tensor_product import POINTWISE, composite
 
 
 class Factors(NamedTuple):
@@ -47,7 +47,7 @@ def _bind_baddbmm(
 def _bind_addmv(
     input: Tensor, mat: Tensor, vec: Tensor, *, beta: Number = 1, alpha: Number = 1
 ) -> tuple[Tensors, Factors]:
-    admit_alike((mat, vec, input))
+    admit_alike(mat, vec, input)
     check_factors(beta, alpha)
     if mat.dim() != 2 or vec.dim() != 1 or mat.shape[1] != vec.shape[0]:
         raise Unsupported("not a matrix and a vector that fit")
@@ -65,7 +65,7 @@ def _addmv(factors: Factors, input: Tensor, mat: Tensor, vec: Tensor) -> Tensor:
 def _bind_addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Number = 1, alpha: Number = 1
 ) -> tuple[Tensors, Factors]:
-    admit_alike((batch1, batch2, input))
+    admit_alike(batch1, batch2, input)
     check_factors(beta, alpha)
     a, b = batch1.shape, batch2.shape
     bmm_form(a, batch1.stride(), b, batch2.stride())

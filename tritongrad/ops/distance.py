@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..admission import admit, admit_pair, settle
+from ..admission import admit, settle
 from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
 from ..kernels import reduction as k
@@ -64,7 +64,8 @@ class PairParams(NamedTuple):
 def _read(
     x1: Tensor, x2: Tensor, dim: int, keepdim: bool, number: float, eps: float
 ) -> tuple[Tensors, PairParams]:
-    admit_pair(x1, x2)
+    admit(x1)
+    admit(x2)
     if x1.device != x2.device:
         raise Unsupported("tensors on different devices")
     if x1.dtype not in FLOATING or x2.dtype not in FLOATING:

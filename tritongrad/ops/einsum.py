@@ -19,7 +19,8 @@ from torch import Tensor
 from ..op import Tensors, Unsupported
 from ..sampling import Make, Sample
 from .contraction import GEMM, REDUCTION
-from .tensor_product import POINTWISE, admit_alike, composite
+from .factors import admit_alike
+from .tensor_product import POINTWISE, composite
 
 Label = str | int
 """A letter, or the place of a dimension of the ellipsis, from the end: -1 is its last."""
@@ -139,7 +140,7 @@ def _bind(equation: str, *operands: Any) -> tuple[Tensors, Equation]:
     if not tensors:
         raise Unsupported("no operands")
     # Under autocast the products inside may have one dtype for operands that have several.
-    admit_alike(tensors, promoting=torch._C._is_any_autocast_enabled())
+    admit_alike(*tensors, promoting=torch._C._is_any_autocast_enabled())
     found = parse(text, tuple([t.dim() for t in tensors]))
     _check_sizes(found, [t.shape for t in tensors])
     return tuple(tensors), found._replace(path=_path(text, tensors))

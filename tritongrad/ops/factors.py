@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..admission import admit, admit_pair, transforming
+from ..admission import admit, transforming
 from ..dtypes import FLOATING, Number, is_number
 from ..launchers import matmul, reduction
 from ..layout import Strides
@@ -67,35 +66,44 @@ def read(form: Form, a: Tensor, b: Tensor) -> Params:
     Raises:
         Unsupported: they do not multiply, or are not memory of one floating dtype on one device.
     """
-    admit_pair(a, b)
+    admit_alike(a, b)
+    params = form(a.shape, a.stride(), b.shape, b.stride())
     if transforming():
-        check_alike(a.dtype, b.dtype, a.get_device(), b.get_device())
-        return form(a.shape, a.stride(), b.shape, b.stride())
-    return _params_and_plan(
-        form, a.shape, a.stride(), a.dtype, a.get_device(),
-        b.shape, b.stride(), b.dtype, b.get_device(), matmul.float32_precision(),
-    )  # fmt: skip
+        return params
+    shapes, strides, dtype = (a.shape, b.shape), (a.stride(), b.stride()), a.dtype
+    specs = Spec(a.shape, dtype), Spec(b.shape, dtype)
+    if isinstance(params, Matrices):
+        product = matmul.plan(
+            a.shape, a.stride(), b.shape, b.stride(), dtype, matmul.float32_precision()
+        )
+        return params._replace(specs=specs, plan=product)
+    rank = max(a.dim(), b.dim())
+    dims = tuple([rank + d for d in params.dims])
+    device = a.get_device()
+    total = reduction.plan(reduction.PRODUCT, shapes, strides, dims, False, dtype, device)
+    return params._replace(specs=specs, plan=total)
 
 
 def read_sum(
     form: Form, added: Tensor, a: Tensor, b: Tensor, beta: Number, alpha: Number
 ) -> Params:
     """``read`` of ``alpha`` times a product of matrices with ``beta`` times a tensor added."""
-    admit_pair(a, b)
-    admit(added)
     check_factors(beta, alpha)
-    a_device = a.get_device()
-    check_alike(a.dtype, b.dtype, a_device, b.get_device())
-    check_alike(a.dtype, added.dtype, a_device, added.get_device())
+    admit_alike(a, b, added)
+    params = form(a.shape, a.stride(), b.shape, b.stride())
+    assert isinstance(params, Matrices)
+    check_fits(added.shape, product_shape(a.shape, b.shape))
+    params = params._replace(alpha=alpha, beta=beta)
     if transforming():
-        params = form(a.shape, a.stride(), b.shape, b.stride())
-        assert isinstance(params, Matrices)
-        check_fits(added.shape, product_shape(a.shape, b.shape))
-        return params._replace(alpha=alpha, beta=beta)
-    return _sum_and_plan(
-        form, a.shape, a.stride(), b.shape, b.stride(), a.dtype,
-        matmul.Addend(added.shape, added.stride(), beta), alpha, matmul.float32_precision(),
-    )  # fmt: skip
+        return params
+    # What is not read has no strides either.
+    read = matmul.Addend(added.shape, added.stride(), beta) if beta else None
+    product = matmul.plan(
+        a.shape, a.stride(), b.shape, b.stride(), a.dtype, matmul.float32_precision(), alpha, read
+    )
+    return params._replace(
+        specs=tuple([Spec(t.shape, t.dtype) for t in (a, b, added)]), plan=product
+    )
 
 
 def check_factors(beta: Number, alpha: Number) -> None:
@@ -121,61 +129,16 @@ def check_fits(own: torch.Size, shape: torch.Size) -> None:
         raise Unsupported("input does not expand to the product")
 
 
-@lru_cache(maxsize=4096)
-def _sum_and_plan(
-    form: Form,
-    a_shape: torch.Size,
-    a_strides: Strides,
-    b_shape: torch.Size,
-    b_strides: Strides,
-    dtype: torch.dtype,
-    added: matmul.Addend,
-    alpha: Number,
-    precision: str,
-) -> Params:
-    params = form(a_shape, a_strides, b_shape, b_strides)
-    assert isinstance(params, Matrices)
-    check_fits(added.shape, product_shape(a_shape, b_shape))
-    # What is not read has no strides either.
-    read = added if added.beta else None
-    product = matmul.plan(
-        a_shape, a_strides, b_shape, b_strides, dtype, precision, alpha, read
-    )  # fmt: skip
-    specs = Spec(a_shape, dtype), Spec(b_shape, dtype), Spec(added.shape, dtype)
-    return params._replace(alpha=alpha, beta=added.beta, specs=specs, plan=product)
-
-
-def check_alike(a: torch.dtype, b: torch.dtype, a_device: int, b_device: int) -> None:
-    """Raise Unsupported unless these are one floating dtype and one device of a type."""
-    if a not in FLOATING:
-        raise Unsupported(f"dtype {str(a).removeprefix('torch.')}")
-    if a is not b:
-        raise Unsupported("operands of different dtypes")
-    if a_device != b_device:
-        raise Unsupported("tensors on different devices")
-
-
-@lru_cache(maxsize=4096)
-def _params_and_plan(
-    form: Form,
-    a_shape: torch.Size,
-    a_strides: Strides,
-    dtype: torch.dtype,
-    device: int,
-    b_shape: torch.Size,
-    b_strides: Strides,
-    b_dtype: torch.dtype,
-    b_device: int,
-    precision: str,
-) -> Params:
-    check_alike(dtype, b_dtype, device, b_device)
-    params = form(a_shape, a_strides, b_shape, b_strides)
-    specs = Spec(a_shape, dtype), Spec(b_shape, dtype)
-    if isinstance(params, Matrices):
-        product = matmul.plan(a_shape, a_strides, b_shape, b_strides, dtype, precision)
-        return params._replace(specs=specs, plan=product)
-    rank = max(len(a_shape), len(b_shape))
-    dims = tuple([rank + d for d in params.dims])
-    shapes, strides = (a_shape, b_shape), (a_strides, b_strides)
-    total = reduction.plan(reduction.PRODUCT, shapes, strides, dims, False, dtype, device)
-    return params._replace(specs=specs, plan=total)
+def admit_alike(*tensors: Tensor, promoting: bool = False) -> None:
+    """Raise Unsupported unless ``tensors`` are memory of one floating dtype on one device;
+    ``promoting``: of any floating dtypes."""
+    for t in tensors:
+        admit(t)
+    first = tensors[0]
+    for t in tensors:
+        if t.dtype not in FLOATING:
+            raise Unsupported(f"dtype {str(t.dtype).removeprefix('torch.')}")
+        if t.dtype is not first.dtype and not promoting:
+            raise Unsupported("operands of different dtypes")
+        if t.get_device() != first.get_device():
+            raise Unsupported("tensors on different devices")

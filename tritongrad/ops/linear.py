@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..admission import admit, admit_pair, settle, transforming
+from ..admission import settle, transforming
 from ..dtypes import FLOATING
 from ..launchers import matmul
-from ..layout import Strides
 from ..op import BackwardParams, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .contraction import (
@@ -27,7 +25,7 @@ from .contraction import (
     saves,
     times,
 )
-from .factors import check_alike, is_transposed
+from .factors import admit_alike, is_transposed
 from .matmul import LOWER
 
 linear = torch.nn.functional.linear
@@ -49,62 +47,31 @@ class Params(NamedTuple):
 def _bind_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensors, Params]:
-    admit_pair(input, weight)
-    shapes: tuple[torch.Size, ...] = input.shape, weight.shape
-    dtypes: tuple[torch.dtype, ...] = input.dtype, weight.dtype
-    devices: tuple[int, ...] = input.get_device(), weight.get_device()
-    if bias is not None:
-        admit(bias)
-        shapes, dtypes = (*shapes, bias.shape), (*dtypes, bias.dtype)
-        devices = (*devices, bias.get_device())
-    if transforming():
-        return (input, weight, bias), _params(shapes, dtypes, devices, weight.stride())
-    strides: tuple[Strides, ...] = input.stride(), weight.stride()
-    if bias is not None:
-        strides = (*strides, bias.stride())
-    return (input, weight, bias), _params_and_plan(
-        shapes, dtypes, devices, strides, matmul.float32_precision()
-    )
-
-
-def _params(
-    shapes: tuple[torch.Size, ...],
-    dtypes: tuple[torch.dtype, ...],
-    devices: tuple[int, ...],
-    weight_strides: Strides,
-) -> Params:
-    x, weight, *bias = shapes
-    for dtype, device in zip(dtypes[1:], devices[1:], strict=True):
-        check_alike(dtypes[0], dtype, devices[0], device)
-    if len(weight) != 2:
+    tensors = input, weight, bias
+    admit_alike(*[t for t in (input, weight, bias) if t is not None])
+    if weight.dim() != 2:
         raise Unsupported("weight is not a matrix")
-    if not x or x[-1] != weight[1]:
+    if not input.dim() or input.shape[-1] != weight.shape[1]:
         raise Unsupported("inner sizes differ")
-    if bias and bias[0] != weight[:1]:
+    if bias is not None and bias.shape != weight.shape[:1]:
         raise Unsupported("bias is not a vector of one number for each row of weight")
-    return Params(is_transposed(weight_strides))
+    params = Params(is_transposed(weight.stride()))
+    if not transforming():
+        specs = tuple(
+            [None if t is None else Spec(t.shape, t.dtype) for t in (input, weight, bias)]
+        )
+        params = params._replace(specs=specs, plan=_plan(input, weight, bias))
+    return tensors, params
 
 
-@lru_cache(maxsize=4096)
-def _params_and_plan(
-    shapes: tuple[torch.Size, ...],
-    dtypes: tuple[torch.dtype, ...],
-    devices: tuple[int, ...],
-    strides: tuple[Strides, ...],
-    precision: str,
-) -> Params:
-    (x, weight, *bias), (x_strides, weight_strides, *bias_strides) = shapes, strides
-    params, dtype = _params(shapes, dtypes, devices, weight_strides), dtypes[0]
-    specs = tuple([Spec(s, dtype) for s in shapes])
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> matmul.Plan:
     # A vector is a matrix of one row, but for the shape of the result.
-    table = (x, x_strides) if len(x) > 1 else (torch.Size((1, *x)), (0, *x_strides))
-    added = matmul.Addend(bias[0], bias_strides[0]) if bias else None
-    weight_t = weight[::-1], weight_strides[::-1]
-    launch = matmul.plan(*table, *weight_t, dtype, precision, 1, added)
-    launch = launch._replace(
-        shape=torch.Size((*x[:-1], weight[0])), strides=launch.strides[-len(x) :]
-    )
-    return params._replace(specs=(*specs, None)[:3], plan=launch)
+    table = (x.shape, x.stride()) if x.dim() > 1 else (torch.Size((1, *x.shape)), (0, *x.stride()))
+    added = None if bias is None else matmul.Addend(bias.shape, bias.stride())
+    weight_t = weight.shape[::-1], weight.stride()[::-1]
+    launch = matmul.plan(*table, *weight_t, x.dtype, matmul.float32_precision(), 1, added)
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    return launch._replace(shape=shape, strides=launch.strides[-x.dim() :])
 
 
 def _forward(params: Params, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..admission import admit_pair
+from ..admission import admit
 from ..layout import Strides, broadcasts
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
@@ -71,7 +71,8 @@ def _bind_dot(input: Tensor, tensor: Tensor) -> tuple[Tensors, Params]:
 
 
 def _bind_vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> tuple[Tensors, Params]:
-    admit_pair(x, y)
+    admit(x)
+    admit(y)
     rank = max(x.dim(), y.dim())
     if type(dim) is not int or not -rank <= dim < rank:
         raise Unsupported("dim is no dimension of the product")

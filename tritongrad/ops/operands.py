@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..admission import PLAIN_KEY_SETS, PLAIN_TYPES, admit
+from ..admission import admit
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
 from ..layout import broadcasts
 from ..op import Bind, Tensors, Unsupported
@@ -34,11 +35,6 @@ class Params(NamedTuple):
     result: torch.dtype
     specs: tuple[()] | None = None
     form: str = ""
-
-
-# The parameters of most calls, made once.
-UNIFORM = {dtype: Params((), (), dtype, ()) for dtype in FLOATING}
-UNIFORM_SUM = {dtype: Params((), (1,), dtype, ()) for dtype in FLOATING}
 
 
 def promoted(*values: Any) -> torch.dtype:
@@ -69,9 +65,14 @@ def _rank(value: Any) -> int:
     return 0 if value.dim() else 1
 
 
+def uniform(result: torch.dtype) -> Params:
+    """Of tensors that all have the shape and dtype of the result."""
+    return Params((), (), result, ())
+
+
 def read_operands(
-    names: tuple[str, ...], values: tuple[Any, ...], to_float: bool
-) -> tuple[Tensors, tuple[Number | None, ...], torch.dtype]:
+    names: tuple[str, ...], values: tuple[Any, ...], to_float: bool = False
+) -> tuple[Tensors, Params]:
     """Check and sort the operands of a call: tensors, Python numbers, dtype of the result."""
     operands: list[Tensor | None] = []
     scalars: list[Number | None] = []
@@ -107,7 +108,20 @@ def read_operands(
         if not to_float:
             raise Unsupported("integer result")
         result = torch.get_default_dtype()
-    return tuple(operands), tuple(scalars), result
+    return tuple(operands), params_of(operands, scalars, result)
+
+
+def params_of(
+    operands: Sequence[Tensor | None],
+    scalars: Sequence[Number | None],
+    result: torch.dtype,
+    conditions: int = 0,
+) -> Params:
+    """Params of operands that have been checked, of which the first are so many conditions."""
+    shapes = {None if t is None else t.shape for t in operands}
+    if len(shapes) == 1 and all(t is not None and t.dtype is result for t in operands[conditions:]):
+        return uniform(result)
+    return Params(tuple(scalars), (), result)
 
 
 def admit_or_scalar(value: Tensor) -> None:
@@ -126,7 +140,7 @@ def unary_bind(to_float: bool, bools: bool = True) -> Bind:
         admit(input)
         result = input.dtype
         if result in FLOATING:
-            return (input,), UNIFORM[result]
+            return (input,), uniform(result)
         promoted(input)
         if result is torch.bool and not bools:
             raise Unsupported("bool tensor")
@@ -158,24 +172,8 @@ def unary(
 
 
 def read_binary(input: Any, other: Any, to_float: bool = False) -> tuple[Tensors, Params]:
-    if type(input) in PLAIN_TYPES:
-        dtype = input.dtype
-        if dtype in FLOATING:
-            # Nothing to promote or broadcast, in the two cases that most calls are.
-            if type(other) in PLAIN_TYPES:
-                if dtype is other.dtype and input.shape == other.shape:
-                    keys = key_set(input).raw_repr()
-                    if (
-                        keys in PLAIN_KEY_SETS
-                        and keys == key_set(other).raw_repr()
-                        and input.get_device() == other.get_device()
-                    ):
-                        return (input, other), UNIFORM[dtype]
-            elif type(other) in (float, int) and is_number(other):
-                admit(input)
-                return (input, None), Params((None, other), (), dtype)
-    tensors, scalars, result = read_operands(("input", "other"), (input, other), to_float)
-    return tensors, Params(scalars, (), result)
+    """A call of two operands."""
+    return read_operands(("input", "other"), (input, other), to_float)
 
 
 def binary_bind(to_float: bool = False, numbers: str = "right") -> Bind:
@@ -203,11 +201,3 @@ def reflected(bind: Bind) -> Bind:
         return bind(other, self)
 
     return bind_reflected
-
-
-def read_ternary(names: tuple[str, str, str], *values: Any) -> tuple[Tensors, Params]:
-    tensors, scalars, result = read_operands(names, values, False)
-    shape = None if tensors[0] is None else tensors[0].shape
-    if all(t is not None and t.shape == shape and t.dtype is result for t in tensors):
-        return tensors, UNIFORM[result]
-    return tensors, Params(scalars, (), result)

@@ -8,20 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..admission import PLAIN_TYPES, admit, admit_pair
+from ..admission import admit
 from ..dtypes import FLOATING, Number, is_number
 from ..layout import broadcast_shape, broadcast_sizes, broadcasts
 from ..op import OtherOverload, Tensors, Unsupported
 from .operands import (
-    UNIFORM,
-    UNIFORM_SUM,
     Params,
     admit_or_scalar,
     bind_two,
+    params_of,
     promoted,
     read_binary,
     read_operands,
-    read_ternary,
     unary,
     unary_same,
 )
@@ -38,8 +36,6 @@ def bind_scaled(
     input: Tensor | Number, other: Tensor | Number, *, alpha: Number = 1
 ) -> tuple[Tensors, Params]:
     tensors, params = read_binary(input, other)
-    if alpha == 1 and params.specs is not None and type(alpha) in (int, float):
-        return tensors, UNIFORM_SUM[params.result]
     if type(alpha) not in (int, float) or not is_number(alpha):
         raise Unsupported(f"alpha is a {type(alpha).__name__}")
     return tensors, params._replace(consts=(alpha,))
@@ -67,8 +63,7 @@ def _refuse_bool(*operands: Any) -> None:
 
 def bind_sub(input: Tensor, other: Tensor | Number, *, alpha: Number = 1) -> tuple[Tensors, Params]:
     tensors, params = bind_scaled_left(input, other, alpha=alpha)
-    if params.specs is None:
-        _refuse_bool(input, other)
+    _refuse_bool(input, other)
     return tensors, params
 
 
@@ -106,10 +101,10 @@ def bind_addr(
     if not broadcasts(input.shape, shape) or broadcast_sizes([input.shape, shape]) != shape:
         raise Unsupported("input does not expand to the product")
     values = input, vec1.unsqueeze(1), vec2
-    tensors, scalars, result = read_operands(("input", "vec1", "vec2"), values, False)
+    tensors, params = read_operands(("input", "vec1", "vec2"), values)
     if any(t is None for t in tensors):
         raise Unsupported("tensors on different devices")
-    return tensors, Params(scalars, (beta, alpha), result)
+    return tensors, params._replace(consts=(beta, alpha))
 
 
 def bind_rmul(self: Tensor, other: Tensor | Number) -> tuple[Tensors, Params]:
@@ -136,7 +131,7 @@ def bind_addc(
             raise Unsupported(f"a {type(operand).__name__} in a tensor's place")
     if not is_number(value):
         raise Unsupported(f"value is a {type(value).__name__}")
-    tensors, params = read_ternary(("input", "tensor1", "tensor2"), input, tensor1, tensor2)
+    tensors, params = read_operands(("input", "tensor1", "tensor2"), (input, tensor1, tensor2))
     return tensors, params._replace(consts=(value,))
 
 
@@ -146,7 +141,7 @@ def bind_lerp(input: Tensor, end: Tensor, weight: Tensor | Number) -> tuple[Tens
         raise Unsupported("operands are not tensors")
     if len({t.dtype for t in given}) > 1:
         raise Unsupported("different dtypes")
-    return read_ternary(("input", "end", "weight"), input, end, weight)
+    return read_operands(("input", "end", "weight"), (input, end, weight))
 
 
 def bind_clamp(
@@ -162,7 +157,7 @@ def bind_clamp(
     # An absent bound is one that nothing passes; it has no part in the promotion.
     low = -math.inf if min is None else min
     high = math.inf if max is None else max
-    tensors, params = read_ternary(("input", "min", "max"), input, low, high)
+    tensors, params = read_operands(("input", "min", "max"), (input, low, high))
     params = params._replace(form="" if len(bounds) == 2 else "_open")
     if input.dtype not in FLOATING and promoted(input, *bounds) not in FLOATING:
         raise Unsupported("integer result")
@@ -181,7 +176,7 @@ def bind_masked_fill(input: Tensor, mask: Tensor, value: Tensor | Number) -> tup
             raise Unsupported("value is not a 0-dim tensor of the input's dtype")
     elif is_number(value) and torch.finfo(input.dtype).max < abs(value) < math.inf:
         raise Unsupported("value beyond the input's dtype")
-    tensors, params = read_ternary(("input", "mask", "value"), input, mask, value)
+    tensors, params = read_operands(("input", "mask", "value"), (input, mask, value))
     # torch's result is contiguous whatever the layout of its operands.
     full = input.expand(broadcast_shape((input, mask))).contiguous()
     return (full, *tensors[1:]), params
@@ -198,22 +193,6 @@ def bind_where(
 ) -> tuple[Tensors, Params]:
     if not isinstance(condition, Tensor) or condition.dtype is not torch.bool:
         raise Unsupported("condition is not a bool tensor")
-    # mypy does not narrow by `type(...) in`, and isinstance() would let subclasses pass.
-    x: Any = input
-    y: Any = other
-    if type(x) in PLAIN_TYPES and type(y) in PLAIN_TYPES:
-        # Nothing to promote or broadcast, as in most calls.
-        dtype, shape = x.dtype, x.shape
-        if (
-            dtype is y.dtype
-            and dtype in FLOATING
-            and shape == y.shape
-            and shape == condition.shape
-            and x.get_device() == y.get_device() == condition.get_device()
-        ):
-            admit_pair(x, y)
-            admit(condition)
-            return (condition, x, y), UNIFORM[dtype]
     admit(condition)
     names = ("condition", "input", "other")
     values = (condition, input, other)
@@ -234,7 +213,7 @@ def bind_where(
         raise Unsupported("integer result")
     tensors = (condition, *[v if isinstance(v, Tensor) else None for v in (input, other)])
     scalars = (None, *[None if isinstance(v, Tensor) else v for v in (input, other)])
-    return tensors, Params(scalars, (), result)
+    return tensors, params_of(tensors, scalars, result, conditions=1)
 
 
 def bind_where_method(

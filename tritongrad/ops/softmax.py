@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from ..kernels import softmax as k
 from ..launchers import rowwise
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import PRODUCT, SUM, Reduction, plan, reduce, run_many
-from ..layout import Strides
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 
@@ -74,21 +72,16 @@ class Formulas(NamedTuple):
 def _reader(formulas: Formulas) -> Callable[[Tensor, Any, torch.dtype | None], Params]:
     """How calls of one function are read and planned."""
 
-    @lru_cache(maxsize=4096)
-    def planned(
-        shape: torch.Size, strides: Strides, own: torch.dtype, dim: int, dtype: torch.dtype | None
-    ) -> Params:
-        params = _params(len(shape), own, dim, dtype)
-        launch = rowwise.plan(formulas.value[0], (shape,), (strides,), params.dims, params.result)
-        return params._replace(specs=(Spec(shape, own),), plan=launch)
-
     def read(input: Tensor, dim: Any, dtype: torch.dtype | None) -> Params:
         admit(input)
         if type(dim) is not int:
             raise Unsupported(f"dim={dim!r}")
+        params = _params(input.dim(), input.dtype, dim, dtype)
         if transforming():
-            return _params(input.dim(), input.dtype, dim, dtype)
-        return planned(input.shape, input.stride(), input.dtype, dim, dtype)
+            return params
+        shape, strides = input.shape, input.stride()
+        launch = rowwise.plan(formulas.value[0], (shape,), (strides,), params.dims, params.result)
+        return params._replace(specs=(Spec(shape, input.dtype),), plan=launch)
 
     return read
 

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..admission import admit
 from ..dtypes import FLOATING
 from ..op import Bind, Op, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .contraction import GEMM, REDUCTION
-from .factors import check_alike
+from .factors import admit_alike
 from .operands import bind_tensors
 
 POINTWISE = ("pointwise_dense", "pointwise_strided")
@@ -41,6 +40,8 @@ def composite(
     register(Op(
         name=name,
         bind=bind,
+        # Whether operands of different dtypes may come in.
+        ambient=torch._C._is_any_autocast_enabled,
         replaces=targets,
         reference=lambda params, *tensors: (value(params, *tensors),),
         autocast=autocast or {},
@@ -51,19 +52,6 @@ def composite(
         samples=samples,
         sources="torch's own definition",
     ))  # fmt: skip
-
-
-def admit_alike(tensors: Sequence[Tensor], promoting: bool = False) -> None:
-    """Raise Unsupported unless ``tensors`` are memory of one floating dtype on one device.
-
-    ``promoting``: of any floating dtypes.
-    """
-    for t in tensors:
-        admit(t)
-    first = tensors[0]
-    for t in tensors:
-        expected = t.dtype if promoting else first.dtype
-        check_alike(t.dtype, expected, t.get_device(), first.get_device())
 
 
 def _refuse_out(out: Any) -> None:
@@ -108,7 +96,7 @@ class Contracted(NamedTuple):
 
 
 def _bind_inner(input: Tensor, other: Tensor) -> tuple[Tensors, None]:
-    admit_alike((input, other))
+    admit_alike(input, other)
     if input.dim() and other.dim() and input.shape[-1] != other.shape[-1]:
         raise Unsupported("inner sizes differ")
     return (input, other), None
@@ -124,7 +112,7 @@ def _bind_tensordot(
     a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None
 ) -> tuple[Tensors, Contracted]:
     _refuse_out(out)
-    admit_alike((a, b))
+    admit_alike(a, b)
     if isinstance(dims, Tensor):
         dims = dims.tolist() if dims.numel() > 1 else dims.item()
     if type(dims) is int:
@@ -218,7 +206,7 @@ def _chain(matrices: Sequence[Tensor], shape: torch.Size) -> Chain:
 def _admit_chain(tensors: Sequence[Tensor]) -> None:
     if len(tensors) < 2:
         raise Unsupported("fewer than two matrices")
-    admit_alike(tensors)
+    admit_alike(*tensors)
 
 
 def _bind_chain_matmul(*matrices: Tensor, out: Tensor | None = None) -> tuple[Tensors, Chain]:
