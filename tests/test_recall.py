@@ -95,6 +95,15 @@ def test_taken_for_no_other_tensors(case: str) -> None:
     assert not reader.knows(*args, **kwargs)
 
 
+def test_one_tensor_in_two_places_is_not_two() -> None:
+    """Nor the other way round, as OTHERS has it."""
+    reader = Reader()
+    reader.recall(X, X)
+    (a, b, _), _ = reader.recall(X, Y)
+    assert a is X
+    assert b is Y
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [(1, True), (1, 1.0), (0, False), ("a", "b"), ((1,), (2,)), (torch.float32, torch.float64),

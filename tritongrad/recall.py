@@ -98,10 +98,11 @@ def remembering(bind: Bind, ambient: Ambient | None) -> Bind:
 
 def _order(tensors: list[Any], bound: Tensors) -> Pick | None:
     """How to put the tensors of a call, with a None after them, in the order that it was bound to;
-    None if one of them was replaced, by a view or by its value."""
-    index = {id(t): i for i, t in enumerate(tensors)} | {id(None): -1}
-    found = [index.get(id(t)) for t in bound]
-    if None in found or len(tensors) != len(found) - found.count(-1):
+    None if one of them was replaced, by a view or by its value, or stands in two places: of which
+    of the two, the next call's could not be told."""
+    index = {id(t): i for i, t in enumerate(tensors)}
+    found = [-1 if t is None else index.get(id(t)) for t in bound]
+    if None in found or not len(index) == len(tensors) == len(found) - found.count(-1):
         return None
     return operator.itemgetter(*found) if len(found) > 1 else tuple_of_first
 
