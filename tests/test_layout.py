@@ -18,10 +18,10 @@ from tritongrad.layout import (
     broadcasts,
     collapse,
     dense_strides,
-    expanded_strides,
     fastest_first,
     next_power_of_two,
     reach,
+    strides_as,
 )
 
 SHAPES = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
@@ -66,7 +66,7 @@ def walked(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 def ordered(tensors: Sequence[Tensor]) -> tuple[torch.Size, list[tuple[int, ...]], list[int]]:
     """Common shape, strides in it, dimensions in memory order."""
     shape = broadcast_shape(tensors)
-    strides = [expanded_strides(t, shape) for t in tensors]
+    strides = [strides_as(t.shape, t.stride(), shape) for t in tensors]
     return shape, strides, fastest_first(shape, strides)
 
 
@@ -149,7 +149,7 @@ def test_broadcasts_where_torch_does(shapes: list[tuple[int, ...]]) -> None:
         tensors = [torch.empty(shape) for shape in shapes]
         assert broadcast_shape(tensors) == expected
         for t in tensors:
-            strides = expanded_strides(t, expected)
+            strides = strides_as(t.shape, t.stride(), expected)
             assert walked(expected, strides) == walked(expected, t.expand(expected).stride())
 
 

@@ -46,11 +46,6 @@ def broadcasts(*shapes: Sequence[int]) -> bool:
     return True
 
 
-def expanded_strides(tensor: Tensor, shape: Sequence[int]) -> Strides:
-    """Strides of ``tensor`` seen as ``shape``: 0 where it is broadcast."""
-    return strides_as(tensor.shape, tensor.stride(), shape)
-
-
 def strides_as(own: Sequence[int], strides: Strides, shape: Sequence[int]) -> Strides:
     """Strides of a tensor of shape ``own`` seen as ``shape``: 0 where it is broadcast."""
     missing = len(shape) - len(own)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from ..dtypes import COMPUTE_DTYPE, TRITON_DTYPE, Number, encode, encode_all
 from ..kernels import pointwise as k
 from ..layout import (
     INT32_MAX,
-    broadcast_shape,
+    Strides,
+    broadcast_sizes,
     collapse,
     dense_strides,
-    expanded_strides,
     fastest_first,
     next_power_of_two,
     reach,
+    strides_as,
 )
 from ..op import Tensors
 from ..runtime import launch
@@ -90,6 +92,65 @@ def elementwise(
     return outs
 
 
+class Plan(NamedTuple):
+    """How operands of certain shapes and strides are walked that are not all dense in one order.
+
+    Attributes:
+        shape, strides: of each result.
+        kernel, grid: None if the results are empty.
+        geometry: the kernel's arguments after the numbers.
+        meta: its constexprs that depend on shapes.
+    """
+
+    shape: torch.Size
+    strides: Strides
+    kernel: Any
+    grid: tuple[int] | None
+    geometry: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    operands: tuple[tuple[torch.Size, Strides] | None, ...], itemsize: int, outs: int
+) -> Plan:
+    """How to walk operands of these shapes and strides, None where there is none; ``itemsize`` is
+    the computing type's."""
+    present = [operand for operand in operands if operand is not None]
+    shape = broadcast_sizes([own for own, _ in present])
+    walks = [strides_as(own, strides, shape) for own, strides in present]
+    order = fastest_first(shape, walks)
+    out_strides = dense_strides(shape, order)
+    n = shape.numel()
+    if n == 0:
+        return Plan(shape, out_strides, None, None, (), {})
+    sizes, merged = collapse(shape, [out_strides, *walks], order)
+    wide = n > INT32_MAX - k.STRIDED_TILE_BYTES or any(reach(sizes, s) > INT32_MAX for s in merged)
+    if all(s == merged[0] for s in merged) and merged[0] == [1]:
+        # Dense in one order that is not the row-major one (transposed, channels last).
+        meta = {"WIDE": wide, "BLOCK": k.DENSE_BLOCK}
+        return Plan(
+            shape, out_strides, k.pointwise_dense, (-(-n // k.DENSE_BLOCK),), (n,), meta
+        )  # fmt: skip
+    columns, outer = sizes[0], tuple(sizes[1:])
+    rows = n // columns
+    tile = k.STRIDED_TILE_BYTES // itemsize
+    block_columns = min(next_power_of_two(columns), tile)
+    block_rows = tile // block_columns
+    walk = iter(merged[1:])
+    in_strides = tuple([() if operand is None else tuple(next(walk)) for operand in operands])
+    meta = {
+        "WIDE": wide,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        # Many addresses and values a thread: fewer elements of each, or they spill.
+        "num_warps": 4 if outs + len(operands) < 7 else 8,
+    }
+    grid = (-(-rows // block_rows) * -(-columns // block_columns),)
+    geometry = outer, (tuple(merged[0]),) * outs, in_strides, rows, columns
+    return Plan(shape, out_strides, k.pointwise_strided, grid, geometry, meta)
+
+
 def _strided(
     function: Any,
     raw: int,
@@ -102,60 +163,29 @@ def _strided(
     like: Tensor,
 ) -> list[Tensor | None]:
     """``elementwise`` where the operands are not all dense in the same order."""
-    present = [t for t in operands if t is not None]
-    shape = broadcast_shape(present)
-    strides = [expanded_strides(t, shape) for t in present]
-    order = fastest_first(shape, strides)
-    out_strides = dense_strides(shape, order)
+    plan = _plan(
+        tuple([None if t is None else (t.shape, t.stride()) for t in operands]),
+        compute.itemsize,
+        len(out_dtypes),
+    )
     outs: list[Tensor | None] = [
         None
         if dtype is None
-        else torch.empty_strided(shape, out_strides, dtype=dtype, device=like.device)
+        else like.new_empty_strided(plan.shape, plan.strides)
+        if dtype is like.dtype
+        else torch.empty_strided(plan.shape, plan.strides, dtype=dtype, device=like.device)
         for dtype in out_dtypes
     ]
-    if 0 in shape:
-        return outs
-    sizes, merged = collapse(shape, [out_strides, *strides], order)
-    n = shape.numel()
-    wide = n > INT32_MAX - k.STRIDED_TILE_BYTES or any(reach(sizes, s) > INT32_MAX for s in merged)
-    common = {
-        "F": function,
-        "RAW": raw,
-        "RESULT": TRITON_DTYPE[result],
-        "COMPUTE": TRITON_DTYPE[compute],
-        "WIDE": wide,
-    }
-    if all(s == merged[0] for s in merged) and merged[0] == [1]:
-        # Dense in one order that is not the row-major one (transposed, channels last).
+    if plan.grid is not None:
         launch(
-            k.pointwise_dense,
-            (-(-n // k.DENSE_BLOCK),),
-            (tuple(outs), operands, scalars, consts, n),
+            plan.kernel,
+            plan.grid,
+            (tuple(outs), operands, scalars, consts, *plan.geometry),
             like,
-            BLOCK=k.DENSE_BLOCK,
-            **common,
+            F=function,
+            RAW=raw,
+            RESULT=TRITON_DTYPE[result],
+            COMPUTE=TRITON_DTYPE[compute],
+            **plan.meta,
         )
-        return outs
-    columns, outer = sizes[0], tuple(sizes[1:])
-    rows = n // columns
-    tile = k.STRIDED_TILE_BYTES // compute.itemsize
-    block_columns = min(next_power_of_two(columns), tile)
-    block_rows = tile // block_columns
-    walk = iter(merged[1:])
-    in_strides = tuple([tuple(next(walk)) if t is not None else () for t in operands])
-    grid = (-(-rows // block_rows) * -(-columns // block_columns),)
-    launch(
-        k.pointwise_strided,
-        grid,
-        (
-            tuple(outs), operands, scalars, consts,
-            outer, (tuple(merged[0]),) * len(outs), in_strides, rows, columns,
-        ),
-        like,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        # Many addresses and values a thread: fewer elements of each, or they spill.
-        num_warps=4 if len(outs) + len(operands) < 7 else 8,
-        **common,
-    )  # fmt: skip
     return outs
