@@ -60,8 +60,11 @@ def dispatch(
             # Tracers and fake tensors must see ATen operators, not our launches.
             raise Unsupported("a tracer or dispatch mode is active")
         if op.autocast and _any_autocast():
-            args, kwargs = autocast(op, args, kwargs)
-        tensors, params = bind(*args, **kwargs)
+            # What falls back is torch's to cast.
+            cast_args, cast_kwargs = autocast(op, args, kwargs)
+            tensors, params = bind(*cast_args, **cast_kwargs)
+        else:
+            tensors, params = bind(*args, **kwargs)
     except OtherOverload:
         return other_overload(op, bind, func, args, kwargs, session)
     except Unsupported as reason:

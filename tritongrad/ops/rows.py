@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -55,7 +55,7 @@ def row(
     functions: ModuleType,
     name: str,
     *targets: Callable[..., Any],
-    bind: Bind,
+    bind: Bind | None,
     rules: Mapping[str, Callable[..., Tensor]],
     inputs: tuple[str, ...] = ("x",),
     consts: tuple[str, ...] = (),
@@ -83,6 +83,7 @@ def row(
             ``bind`` says which; the rules may ask for ``form`` too. A form without a ``_bwd``,
             where another has one, is constant.
         targets: torch callables with ``bind``'s signature.
+        bind: None for an op that only rules of others call; it is not registered.
         rules: input -> its gradient, a function of ``g`` and any of the inputs, ``out``, consts,
             ``form``.
         inputs: names of the inputs; ``c`` is a condition, which has no gradient.
@@ -252,7 +253,7 @@ def row(
         sources=sources,
         cost=_cost,
     )
-    return register(op)
+    return op if bind is None else register(op)
 
 
 def _backward_op(
@@ -274,7 +275,7 @@ def _backward_op(
         return tuple(slots[n] for n in names if n in slots), raw
 
     # Where each input's gradient stands in what the device function returns.
-    column = {n: i for i, n in enumerate(wants)}
+    columns = tuple([list(wants).index(n) if n in wants else -1 for n in inputs])
 
     def forward(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Any:
         params, needs, specs = bp
@@ -289,25 +290,12 @@ def _backward_op(
         order, raw = arguments(device_function)
         operands = tuple([tensors[i] for i in order])
         full = broadcast_shape([t for t in tensors if t is not None])
-        compute = COMPUTE_DTYPE[params.result]
-        dtypes: list[torch.dtype | None] = [None] * len(column)
-        for n, need, spec in zip(inputs, needs, specs, strict=True):
-            if need and spec is not None:
-                dtypes[column[n]] = spec.dtype if spec.shape == full else compute
         numbers = (None, *(params.scalars or (None,) * len(inputs)), None)
         scalars = tuple([numbers[i] for i in order])
-        outs = elementwise(
-            device_function, raw, operands, scalars, params.consts, params.result, tuple(dtypes)
+        launch = partial(
+            elementwise, device_function, raw, operands, scalars, params.consts, params.result
         )
-        gradients = []
-        for n, need, spec in zip(inputs, needs, specs, strict=True):
-            if need and spec is not None:
-                gradient = outs[column[n]]
-                assert gradient is not None
-                if gradient.shape != spec.shape:
-                    gradient = sum_to(gradient, spec.shape, spec.dtype)
-                gradients.append(gradient)
-        return gradients[0] if len(gradients) == 1 else tuple(gradients)
+        return gradients(launch, columns, needs, specs, full, params.result)
 
     def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
         found = rule(bp.params, bp.needs, bp.specs, (g,), saved)
@@ -330,7 +318,40 @@ def _backward_op(
     return op
 
 
-def _batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
+def gradients(
+    launch: Callable[[tuple[torch.dtype | None, ...]], list[Tensor | None]],
+    columns: tuple[int, ...],
+    needs: Needs,
+    specs: tuple[Spec | None, ...],
+    full: torch.Size,
+    result: torch.dtype,
+) -> Any:
+    """Gradients of the inputs that need one, from one launch over the shape ``full``.
+
+    Args:
+        launch: of the dtypes of its outputs, None for what is not wanted, those outputs.
+        columns: place of each input's gradient among them.
+        result: dtype of the op's result.
+    """
+    dtypes: list[torch.dtype | None] = [None] * (max(columns) + 1)
+    wanted = []
+    for i, need, spec in zip(columns, needs, specs, strict=True):
+        if need and spec is not None:
+            # What is summed afterwards is not rounded before.
+            dtypes[i] = spec.dtype if spec.shape == full else COMPUTE_DTYPE[result]
+            wanted.append((i, spec))
+    outs = launch(tuple(dtypes))
+    found = []
+    for i, spec in wanted:
+        gradient = outs[i]
+        assert gradient is not None
+        if gradient.shape != spec.shape:
+            gradient = sum_to(gradient, spec.shape, spec.dtype)
+        found.append(gradient)
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
     """Batch dimension in front, then the logical dimensions right-aligned in ``rank``."""
     if dim is None:
         return tensor
@@ -347,7 +368,7 @@ def logical_rank(tensors: Tensors, dims: tuple) -> int:
 
 def batch_all(tensors: Tensors, dims: tuple, rank: int) -> Tensors:
     return tuple(
-        None if t is None else _batch_first(t, d, rank) for t, d in zip(tensors, dims, strict=True)
+        None if t is None else batch_first(t, d, rank) for t, d in zip(tensors, dims, strict=True)
     )
 
 
@@ -356,12 +377,19 @@ def _vmap_backward(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Each sample has gradients of its own, also for an input that all samples share."""
     rank = logical_rank(tensors, dims)
-    size = info.batch_size
+    return gradients_by_sample(op, info.batch_size, bp, rank, batch_all(tensors, dims, rank))
+
+
+def gradients_by_sample(
+    op: Op, size: int, bp: BackwardParams, rank: int, tensors: Tensors
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """``_vmap_backward`` of tensors that have the batch dimension in front, before ``rank`` logical
+    ones."""
     specs = tuple(
         spec and Spec(torch.Size((size, *[1] * (rank - len(spec.shape)), *spec.shape)), spec.dtype)
         for spec in bp.specs
     )
-    found = apply(op, bp._replace(specs=specs), batch_all(tensors, dims, rank))
+    found = apply(op, bp._replace(specs=specs), tensors)
     found = found if type(found) is tuple else (found,)
     shapes = [spec.shape for spec, need in zip(bp.specs, bp.needs, strict=True) if need and spec]
     results = tuple(
