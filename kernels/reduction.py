@@ -170,8 +170,8 @@ def minimum(x, y):
 
 
 @triton.jit
-def multiply_and_count(product1, count1, product2, count2):
-    return product1 * product2, count1 + count2
+def multiply_and_count(product1, zeros1, wild1, product2, zeros2, wild2):
+    return product1 * product2, zeros1 + zeros2, wild1 + wild2
 
 
 @triton.jit
@@ -259,9 +259,15 @@ def is_number(x):
 
 
 @triton.jit
+def unbounded(x):
+    """Whether it is infinite or NaN."""
+    return tl.where(x - x == 0, 0, one(x))
+
+
+@triton.jit
 def nonzero_factor(x):
-    """What is not zero, and whether it is."""
-    return tl.where(x == 0, one(x), x), tl.where(x == 0, one(x), 0)
+    """What is not zero, whether it is, and whether it is not finite."""
+    return tl.where(x == 0, one(x), x), tl.where(x == 0, one(x), 0), unbounded(x)
 
 
 @triton.jit
@@ -335,8 +341,8 @@ def difference_power(x, y, p, eps):
 
 @triton.jit
 def products(x, y):
-    """What an angle is made of."""
-    return x * x, y * y, x * y
+    """What an angle is made of; of an infinity the square is NaN, so that it is no overflow."""
+    return x * x + (x - x), y * y + (y - y), x * y
 
 
 @triton.jit
@@ -391,7 +397,14 @@ def at_least(norm, eps):
 def cosine(xx, yy, xy, eps):
     """The cosine of an angle, and the two norms."""
     x, y = m.sqrt(xx), m.sqrt(yy)
-    return m.div(m.div(xy, at_least(x, eps)), at_least(y, eps)), x, y
+    return angle(xy, at_least(x, eps), at_least(y, eps)), x, y
+
+
+@triton.jit
+def angle(xy, x, y):
+    # Over a norm that overflows torch has unit vectors of zeros.
+    overflow = (x == float("inf")) | (y == float("inf"))
+    return m.div(m.div(tl.where(overflow, 1.0, xy).to(xy.dtype), x), y)
 
 
 # Backward: pointwise functions of `g`, the gradient of the result, and `out`, the result, both
@@ -405,10 +418,14 @@ def extremum_bwd(g, x, out, count):
 
 
 @triton.jit
-def prod_bwd(g, x, rest, zeros):
-    """`rest` is the product of what is not 0, of which there are `zeros` more."""
-    only = tl.where((zeros == 1) & (x == 0), g * rest, 0)
-    return (tl.where(zeros == 0, g * m.div(rest, x), only),)
+def prod_bwd(g, x, rest, zeros, wild):
+    """`rest` is the product of what is not 0, of which there are `zeros` more; `wild` of all are
+    not finite."""
+    other_zeros = zeros - tl.where(x == 0, 1, 0)
+    # 0 times what is not finite is NaN.
+    of_zeros = tl.where(wild > unbounded(x), float("nan"), 0)
+    others = tl.where(other_zeros > 0, of_zeros, tl.where(x == 0, rest, m.div(rest, x)))
+    return (g * others,)
 
 
 @triton.jit
@@ -477,7 +494,7 @@ def negative(x):
 @triton.jit
 def cosine_bwd(g, x, y, x_norm, y_norm, xy, eps):
     x_least, y_least = at_least(x_norm, eps), at_least(y_norm, eps)
-    out = m.div(m.div(xy, x_least), y_least)
+    out = angle(xy, x_least, y_least)
     x_unit, y_unit = m.div(x, x_least), m.div(y, y_least)
     # In the direction of x itself the norm changes, as far as torch lets it.
     x_own = tl.where(x_norm == 0, 0, m.div(x, x_norm))

@@ -118,7 +118,11 @@ def scan(
 
 @triton.jit
 def affine(a1, b1, a2, b2):
-    return a1 * a2, a2 * b1 + b2
+    # Exact beside infinities: a slope of 0 forgets what came before it, and nothing came before the
+    # identity (1, 0).
+    first = (a1 == 1) & (b1 == 0)
+    slope = tl.where((a1 == 0) | (a2 == 0), 0, a1 * a2)
+    return slope, tl.where(first | (a2 == 0), b2, a2 * b1 + b2)
 
 
 @triton.jit

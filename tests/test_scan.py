@@ -6,6 +6,7 @@ Derivatives of every order, transforms and layouts are covered by the suites tha
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from scenarios import launches
 from support import DEVICE, assert_same, random_like
 from torch import Tensor
+from torch.autograd import forward_ad as fwAD
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritongrad
@@ -22,6 +24,8 @@ from tritongrad.launchers import scan as launcher
 from tritongrad.launchers.scan import CUMPROD, CUMSUM, RECURRENCE, scan
 from tritongrad.ops import scan as ops
 from tritongrad.ops.scan import ScanParams
+
+INF, NAN = math.inf, math.nan
 
 
 def rerouted(f: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -145,6 +149,43 @@ def test_zeros_anywhere(f: Callable[[Tensor], Tensor]) -> None:
     for zero in ZEROS:
         x = torch.where(zero.to(DEVICE), 0.0, near_one(4) * torch.arange(1, 5, device=DEVICE))
         assert_same(rerouted(lambda x: orders(f, x), x), orders(f, x), str(zero.tolist()))
+
+
+def cumprod_slopes(x: list[float], t: list[float]) -> tuple[list[float], list[float]]:
+    """Of a row: the gradient for ones, and the tangent along ``t``; nothing is divided by."""
+    total, following, gradient = 0.0, 0.0, []
+    for i, value in reversed(list(enumerate(x))):
+        # What follows a zero no longer depends on what is before it.
+        total = 1.0 if following == 0 else following * total + 1.0
+        gradient.append(total * math.prod(x[:i]))
+        following = value
+    moved, tangent = 0.0, []
+    for i, value in enumerate(x):
+        step = t[i] * math.prod(x[:i])
+        moved = step if value == 0 or i == 0 else value * moved + step
+        tangent.append(moved)
+    return gradient[::-1], tangent
+
+
+WILD = [
+    [1.0, INF, 3.0], [-INF, -INF], [1e200, 1.0, 1e200], [INF, 2.0, 0.0, 3.0], [1.0, NAN, 2.0],
+    [0.0, INF, 1.0], [1.0, 0.0, INF, 2.0], [1.0, 2.0, 0.0, NAN],
+    [INF] + [1.0] * 199, [1.0] * 150 + [INF] + [1.0] * 49, [1.0] * 70 + [0.0, INF] + [1.0] * 128,
+    [1.0] * 3 + [INF, 0.0] + [1.0] * 195, [1.0] * 33 + [0.0] + [1.0] * 90 + [NAN] + [1.0] * 75,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", WILD, ids=lambda row: f"{row[:6]}, {len(row)}")
+def test_what_is_not_finite_reaches_only_its_own(row: list[float], many_parts: None) -> None:
+    """Derivatives of a cumulative product beside infinities and NaN, where torch divides by x."""
+    x = torch.tensor(row, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    t = torch.ones_like(x)
+    gradient, tangent = (x.new_tensor(d) for d in cumprod_slopes(row, t.tolist()))
+    out = rerouted(lambda x: x.cumprod(0), x)
+    assert_same(torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True)[0], gradient)
+    with tritongrad.use(), fwAD.dual_level():
+        dual = fwAD.make_dual(x.detach(), t).cumprod(0)
+        assert_same(fwAD.unpack_dual(dual).tangent, tangent)
 
 
 def test_zeros_cost_no_more_memory_than_none() -> None:

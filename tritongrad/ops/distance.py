@@ -22,7 +22,7 @@ from ..kernels import reduction as k
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import PRODUCT, Reduction, plan_for, reduce, run_many, sum_to
 from ..layout import broadcast_shape, broadcasts
-from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
+from ..op import OPS, BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .reduction import (
     Kind,
@@ -37,6 +37,7 @@ from .reduction import (
 )
 from .rows import batch_all, logical_rank, reduce_to
 from .vector_norm import backward as norm_backward
+from .vector_norm import jvp as norm_jvp
 from .vector_norm import kind_of as norm_of
 from .vector_norm import rule as norm_rule
 
@@ -94,11 +95,13 @@ def _pair(
     backward: Callable[..., list[Tensor | None]],
     samples: Callable[[Make], Iterator[Sample]],
     formula: str,
+    jvp: Callable[..., Tensor] | None = None,
     kept: int = 0,
 ) -> Op:
     """Make and register a reduction of two operands.
 
     Args:
+        jvp: ``(params, tensors, outputs, tangents) -> tangent``. None: by the rule.
         rule: ``(params, g, x, y, out) -> (dx, dy)``, in their common shape and computing dtype.
         backward: the same by kernels: ``(params, dtypes, g, x, y, *rows)``, ``dtypes`` being those
             of the gradients, None for one that is not wanted.
@@ -145,7 +148,9 @@ def _pair(
         found = full_rule(bp.params, bp.needs, bp.specs, (g,), saved)
         return tuple(d for d in found if d is not None)
 
-    def jvp(params: PairParams, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
+    def rule_jvp(
+        params: PairParams, tensors: Tensors, outputs: Tensors, tangents: Tensors
+    ) -> Tensor:
         (x, y), (out,) = tensors, outputs
         assert x is not None
         assert y is not None
@@ -176,7 +181,7 @@ def _pair(
         bind=bind,
         forward=forward,
         rule=full_rule,
-        jvp=jvp,
+        jvp=jvp or rule_jvp,
         vmap=vmap,
         dtypes=FLOATING,
         replaces=targets,
@@ -359,6 +364,24 @@ def _distance_backward(
     ]
 
 
+def _distance_jvp(
+    params: PairParams, tensors: Tensors, outputs: Tensors, tangents: Tensors
+) -> Tensor:
+    """The norm's, of a difference."""
+    (x, y), (out,), (dx, dy) = tensors, outputs, [t if t is None else settle(t) for t in tangents]
+    assert x is not None
+    assert y is not None
+    assert out is not None
+    compute = COMPUTE_DTYPE[params.result]
+    difference = x.to(compute) - y.to(compute) + params.eps
+    tangent = dx if dy is None else -dy if dx is None else dx - dy
+    assert tangent is not None
+    norm_params = _norm_params(params)._replace(keepdim=params.keepdim)
+    if compute is not params.result:
+        out = torch.linalg.vector_norm(difference, params.number, params.dims, params.keepdim)
+    return norm_jvp(OPS["vector_norm"], norm_params, difference, out, tangent).to(params.result)
+
+
 def _distance_samples(make: Make) -> Iterator[Sample]:
     yield from _samples(make)
     for p in (0.5, 1.0, 3.0, float("inf")):
@@ -418,7 +441,8 @@ _pair(
 _pair(
     "pairwise_distance", F.pairwise_distance,
     bind=_bind_distance, forward=_distance_forward,
-    rule=_distance_rule, backward=_distance_backward, samples=_distance_samples,
+    rule=_distance_rule, backward=_distance_backward, jvp=_distance_jvp,
+    samples=_distance_samples,
     formula="dx = g * sign(x - y) * (abs(x - y) / out) ** (p - 1); dy = -dx",
 )  # fmt: skip
 register(

@@ -561,6 +561,14 @@ def _logsumexp_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: T
     return exact_pointwise(k.logsumexp_bwd, operands, params.result, spec.dtype)
 
 
+def _logsumexp_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
+    compute = COMPUTE_DTYPE[params.result]
+    weights = torch.exp(x.to(compute) - restored(out, params))
+    total = total_of(weights * tangent, params, params.keepdim, compute)
+    # Their sum is 1 but for the rounding of `out`, which is large where x is.
+    return (total / total_of(weights, params, params.keepdim, compute)).to(params.result)
+
+
 def short_samples(make: Make) -> Iterator[Sample]:
     """Of the standard samples what reaches every branch of a reduction with one dim or several."""
     # Long rows of one sign: of a sum that cancels, the last digits are chance.
@@ -648,7 +656,7 @@ reduction(
 reduction(
     "logsumexp", torch.logsumexp, torch.special.logsumexp, T.logsumexp,
     bind=_bind_logsumexp, kind_of=_logsumexp,
-    rule=_logsumexp_rule, backward=_logsumexp_backward, samples=short_samples,
+    rule=_logsumexp_rule, backward=_logsumexp_backward, jvp=_logsumexp_jvp, samples=short_samples,
     formula="dx = g * exp(x - out)",
     autocast={"cuda": "float32"},
 )  # fmt: skip

@@ -268,7 +268,7 @@ def _samples(make: Make) -> Iterator[Sample]:
 # -------------------------------------------------------------------------------------------- prod
 
 PROD = Reduction(k.keep, k.multiply, (1.0,))
-REST = Reduction(k.nonzero_factor, k.multiply_and_count, (1.0, 0.0))
+REST = Reduction(k.nonzero_factor, k.multiply_and_count, (1.0, 0.0, 0.0))
 
 
 def _prod(number: float, count: int) -> Kind:
@@ -294,10 +294,12 @@ def _bind_prod(
 def _prod_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
     if not params.dims:
         return g.to(spec.dtype, copy=True)  # a number, whose slope is 1, NaN or not
-    g, x = restored(g, params), x.to(params.result)
-    if len(params.dims) == 1:
-        return (g * _others(x, params.dims)).to(spec.dtype)
-    return (g * _others(x.reshape(-1), (0,)).reshape(spec.shape)).to(spec.dtype)
+    g = restored(g, params)
+    x = x.to(params.result)
+    first = params.dims[:1]
+    # Several dimensions are all there are.
+    row = x if len(params.dims) == 1 else x.flatten(*first)
+    return (g * _others(row, first).reshape(spec.shape)).to(spec.dtype)
 
 
 def _others(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -315,8 +317,8 @@ def _prod_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) 
         return _prod_rule(params, spec, g, x, out)
     compute = COMPUTE_DTYPE[params.result]
     launch = plan_for((x,), REST, params.dims, True, params.result)
-    rest, zeros = run_many(launch, (x,), (compute, compute))
-    operands = (restored(g, params), x, rest, zeros)
+    rows = run_many(launch, (x,), (compute,) * 3)
+    operands = (restored(g, params), x, *rows)
     return exact_pointwise(k.prod_bwd, operands, params.result, spec.dtype)
 
 

@@ -184,7 +184,7 @@ def backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> T
     return exact_pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
 
 
-def _jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
+def jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
     if params.number == 0:
         return torch.zeros_like(out)
     p = params.number
@@ -215,7 +215,7 @@ _norm: dict[str, Any] = {
     "kind_of": kind_of,
     "rule": rule,
     "backward": backward,
-    "jvp": _jvp,
+    "jvp": jvp,
     "samples": _samples,
     "formula": "dx = g * sign(x) * (abs(x) / out) ** (p - 1)",
     "autocast": {"cuda": "float32"},
