@@ -143,7 +143,7 @@ def _plain(value: Json) -> str:
 
 @dataclass(frozen=True)
 class Resized:
-    """Makes the uninitialised tensors of a sample, its sizes changed to those a GPU sees.
+    """Makes the tensors of a sample, all zero, its sizes changed to those a GPU sees.
 
     Every size is mapped by its value and its place from the end alone, so that operands keep
     broadcasting; a size of 1 stays, and so does a tensor that would become too large.
@@ -185,9 +185,8 @@ class Resized:
             sizes = list(shape)
         count = math.prod(sizes)
         dtype = dtype or self.dtype
-        # Zero is an index, a class and a condition as good as any. Numbers are never looked at.
-        new = torch.empty if dtype.is_floating_point else torch.zeros
-        flat = new(count + self.shifted, dtype=dtype, device=self.device)
+        # Zero is an index, a class, a condition and a probability as good as any.
+        flat = torch.zeros(count + self.shifted, dtype=dtype, device=self.device)
         tensor = flat[self.shifted :].view(sizes)
         return tensor.requires_grad_(requires_grad and tensor.is_floating_point())
 

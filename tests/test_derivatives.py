@@ -118,23 +118,32 @@ def test_third_order(name: str) -> None:
         assert_same(orders(call.triton, call.inputs), orders(call.torch, call.inputs), repr(call))
 
 
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "jacfwd(jacfwd)": lambda f: jacfwd(jacfwd(f)),
+    "jacfwd(jacrev)": lambda f: jacfwd(jacrev(f)),
+    "jacrev(jacfwd)": lambda f: jacrev(jacfwd(f)),
+    "jacrev(jacrev)": lambda f: jacrev(jacrev(f)),
+}
+
+TORCH_LACKS = {
+    ("jacfwd(jacfwd)", "binary_cross_entropy_with_logits"): "writes into a zero tensor",
+    ("jacfwd(jacfwd)", "soft_margin_loss"): "no forward mode of its backward",
+    ("jacfwd(jacrev)", "soft_margin_loss"): "no forward mode of its backward",
+}
+"""(transform, op) -> why torch raises there; its jacrev(jacrev) is the same derivative."""
+
+
 # torch's own cumprod has operations that its vmap does one by one.
 @pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f: jacfwd(jacfwd(f)),
-        lambda f: jacfwd(jacrev(f)),
-        lambda f: jacrev(jacfwd(f)),
-    ],
-    ids=["jacfwd(jacfwd)", "jacfwd(jacrev)", "jacrev(jacfwd)"],
-)
-def test_second_order_transforms(name: str, transform: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t != "jacrev(jacrev)"])
+def test_second_order_transforms(name: str, transform: str) -> None:
+    ours = TRANSFORMS[transform]
+    theirs = TRANSFORMS["jacrev(jacrev)"] if (transform, name) in TORCH_LACKS else ours
     for call in small(name):
         origin = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-        ours = transform(along(call.triton, call))(origin)
-        assert_same(ours, transform(along(call.torch, call))(origin), repr(call))
+        found = ours(along(call.triton, call))(origin)
+        assert_same(found, theirs(along(call.torch, call))(origin), repr(call))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

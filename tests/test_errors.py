@@ -25,8 +25,12 @@ from tritongrad.dispatch import describe
 from tritongrad.op import OPS, OVERLOADS, TARGETS, Bind
 from tritongrad.sampling import Sample, clone, tensors
 
-# torch's, of a variance of fewer elements than it corrects for.
-pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0:UserWarning")
+pytestmark = [
+    # torch's, of a variance of fewer elements than it corrects for.
+    pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0:UserWarning"),
+    # torch's, of the two options that reduction has replaced.
+    pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning"),
+]
 
 
 class Spoiled(NamedTuple):

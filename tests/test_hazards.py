@@ -238,8 +238,17 @@ def size(kept: set[tuple[int, int]]) -> int:
     return sum(nbytes for _, nbytes in kept)
 
 
-# The quotients and the difference, which torch keeps, are never in memory.
-KEEPS_INPUTS = ("cosine_similarity", "pairwise_distance")
+# The quotients, the difference, its sign, the hinge, which torch keeps, are never in memory.
+KEEPS_INPUTS = (
+    "cosine_similarity",
+    "pairwise_distance",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "hinge_embedding_loss",
+    "margin_ranking_loss",
+)
 
 # A bool for each row: where its norm was raised to eps.
 KEEPS_MASK = ("normalize",)

@@ -70,6 +70,8 @@ def test_input_layout(name: str, layout: str) -> None:
     """9: inputs of any layout; values, gradients and the layout of results are torch's."""
     if layout == "overlapping" and name == "kron":
         pytest.skip("torch's own kron refuses a product that it cannot view as the result")
+    if layout == "negated lazily" and name in REFUSES_NEGATIVE:
+        pytest.skip("torch refuses the numbers negated")
     arrange = LAYOUTS[layout]
 
     def run(f: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
@@ -87,7 +89,10 @@ def test_input_layout(name: str, layout: str) -> None:
 
 
 # torch's CPU kernel computes on a contiguous copy; ours keeps the layout, as its neighbours do.
-MADE_CONTIGUOUS = {"logsigmoid"}
+# soft_margin_loss's layout is that of the input where that has stride 0, too; ours is the target's.
+MADE_CONTIGUOUS = {"logsigmoid", "soft_margin_loss"}
+
+REFUSES_NEGATIVE = {"binary_cross_entropy"}
 
 
 def direct(call: Call, inputs: Sequence[Tensor]) -> Any:
@@ -202,7 +207,7 @@ def test_wrong_shapes(name: str, dim: int) -> None:
         changed = resized(call, longer)
         try:
             changed.torch(*changed.inputs)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             _, launched = launches(partial(same_or_same_error, changed))
             assert not launched, f"{changed}: launched {launched} kernels"
         else:

@@ -144,7 +144,7 @@ def _plan(
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
         # Many addresses and values a thread: fewer elements of each, or they spill.
-        "num_warps": 4 if outs + len(operands) < 7 else 8,
+        "num_warps": 4 if outs + len(present) < 7 else 8,
     }
     grid = (-(-rows // block_rows) * -(-columns // block_columns),)
     geometry = outer, (tuple(merged[0]),) * outs, in_strides, rows, columns

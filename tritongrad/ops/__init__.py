@@ -16,6 +16,8 @@ from . import einsum as einsum
 from . import elementary as elementary
 from . import extremum as extremum
 from . import linear as linear
+from . import loss as loss
+from . import margin as margin
 from . import matmul as matmul
 from . import moments as moments
 from . import reduction as reduction
