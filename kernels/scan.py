@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import collective
-from .reduction import locate
+from .reduction import locate, rows_of, share
 
 # Elements of a tile: 8 a thread, of each of up to two accumulators.
 TILE = 1024
@@ -39,16 +39,9 @@ def scan(
     `length` elements in a row, `span` blocks of them for each program. Part s of `totals` and
     `before` lies `s * rows` further on.
     """
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
-    part = program // row_tiles
-    row = (program % row_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    part, row = share(rows, BLOCK_ROWS, WIDE)
     row_mask = (row < rows)[:, None]
-    pointers = ()
-    for n in tl.static_range(len(ins)):
-        pointers = pointers + (ins[n] + locate(row, rows_shape, in_rows[n])[:, None],)
+    pointers = rows_of(ins, row, rows_shape, in_rows)
     targets = ()
     for n in tl.static_range(len(outs)):
         if outs[n] is None:
@@ -71,7 +64,7 @@ def scan(
     last = (lane == (0 if REVERSE else BLOCK - 1))[None, :]
     for step in range(part * span, tl.minimum(part * span + span, blocks)):
         block = blocks - 1 - step if REVERSE else step
-        place = (block * BLOCK + lane).to(program.dtype)
+        place = (block * BLOCK + lane).to(row.dtype)
         inside = (place < length)[None, :]
         values = ()
         for n in tl.static_range(len(ins)):

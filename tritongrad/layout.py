@@ -8,6 +8,7 @@ deciding, and the output is dense in that order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,3 +133,23 @@ def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least ``n``: Triton's blocks have no other size."""
     return 1 << (n - 1).bit_length()
+
+
+def batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
+    """The dimension of vmap in front of ``rank`` others, so that operands of lower rank broadcast
+    against it; one without that dimension as it is."""
+    if dim is None:
+        return tensor
+    tensor = tensor.movedim(dim, 0)
+    padding = rank + 1 - tensor.dim()
+    return tensor.reshape(tensor.shape[0], *[1] * padding, *tensor.shape[1:]) if padding else tensor
+
+
+def batched(tensors: Sequence[Tensor | None], dims: Sequence[int | None], size: int = 1) -> Any:
+    """Each with the dimension of vmap in front; where it has none, with one of ``size``."""
+    return tuple(
+        [
+            t if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(tensors, dims, strict=True)
+        ]
+    )

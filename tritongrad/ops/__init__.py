@@ -20,11 +20,11 @@ from . import loss as loss
 from . import margin as margin
 from . import matmul as matmul
 from . import moments as moments
-from . import reduction as reduction
 from . import scan as scan
 from . import selection as selection
 from . import softmax as softmax
 from . import tensor_product as tensor_product
+from . import totals as totals
 from . import vector_norm as vector_norm
 
 

@@ -32,7 +32,7 @@ from ..dtypes import FLOATING, Number
 from ..kernels import arithmetic
 from ..launchers import matmul, reduction
 from ..launchers.pointwise import elementwise
-from ..layout import broadcast_shape
+from ..layout import batch_first, broadcast_shape
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors
 from ..sampling import Make, Sample
 from .factors import Matrices, Params, Sum
@@ -224,16 +224,6 @@ def _jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) 
     assert out is not None
     present = tuple([t if t is None else settle(t) for t in tangents])
     return _tangent(params, tensors[:2], present).expand(out.shape)
-
-
-def batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
-    """The dimension of vmap in front of ``rank`` others, so that operands of lower rank broadcast
-    against it."""
-    if dim is None:
-        return tensor
-    tensor = tensor.movedim(dim, 0)
-    padding = rank + 1 - tensor.dim()
-    return tensor.reshape(tensor.shape[0], *[1] * padding, *tensor.shape[1:]) if padding else tensor
 
 
 def _vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:

@@ -19,6 +19,7 @@ from ..admission import admit, settle
 from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
 from ..kernels import reduction as k
+from ..kernels import reduction_backward as kb
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import PRODUCT, Reduction, plan_for, reduce, run_many, sum_to
 from ..layout import broadcast_shape, broadcasts
@@ -281,7 +282,7 @@ def _cosine_backward(
     # Rather than kept, for what torch keeps is not to be exceeded.
     compute = COMPUTE_DTYPE[params.result]
     xy = reduce(PRODUCT, (x, y), params.dims, True, params.result, compute)
-    return _gradients(k.cosine_bwd, params, dtypes, g, x, y, *rows, xy, consts=(params.eps,))
+    return _gradients(kb.cosine_bwd, params, dtypes, g, x, y, *rows, xy, consts=(params.eps,))
 
 
 def _cosine_samples(make: Make) -> Iterator[Sample]:
@@ -348,9 +349,9 @@ def _distance_backward(
     out: Tensor,
 ) -> list[Tensor | None]:
     if params.number == 2:
-        return _gradients(k.distance_bwd, params, dtypes, g, x, y, out, consts=(params.eps,))
+        return _gradients(kb.distance_bwd, params, dtypes, g, x, y, out, consts=(params.eps,))
     compute = COMPUTE_DTYPE[params.result]
-    difference = exact_pointwise(k.difference, (x, y), compute, compute, (params.eps,))
+    difference = exact_pointwise(kb.difference, (x, y), compute, compute, (params.eps,))
     norm_params, spec = _norm_params(params), Spec(difference.shape, compute)
     if compute is not params.result:
         out = value_of(norm_of, norm_params, difference)
@@ -360,7 +361,7 @@ def _distance_backward(
     dx_dtype, dy_dtype = dtypes
     return [
         None if dx_dtype is None else dx.to(dx_dtype),
-        None if dy_dtype is None else exact_pointwise(k.negative, (dx,), compute, dy_dtype),
+        None if dy_dtype is None else exact_pointwise(kb.negative, (dx,), compute, dy_dtype),
     ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE
 from ..kernels import reduction as k
+from ..kernels import reduction_backward as kb
 from ..launchers.reduction import AMAX, AMIN, Reduction
 from ..op import Bind, Needs, Op, OtherOverload, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
@@ -89,7 +90,7 @@ def _whole_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -
 def _whole_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
     g, out = restored(g, params), restored(out, params)
     count = hits_per_row(k.same, params, x, out)
-    return exact_pointwise(k.evenly_bwd, (g, x, out, count), params.result, spec.dtype)
+    return exact_pointwise(kb.evenly_bwd, (g, x, out, count), params.result, spec.dtype)
 
 
 def _whole_samples(make: Make) -> Iterator[Sample]:
@@ -126,7 +127,7 @@ def _along_backward(
     params: Params, spec: Spec, g: Tensor, _: None, x: None, out: None, index: Tensor
 ) -> Tensor:
     operands = (restored(g, params), restored(index, params), _places(params, spec.shape, index))
-    return exact_pointwise(k.chosen_bwd, operands, params.result, spec.dtype, raw=0b110)
+    return exact_pointwise(kb.chosen_bwd, operands, params.result, spec.dtype, raw=0b110)
 
 
 def _along_jvp(

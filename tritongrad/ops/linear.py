@@ -12,6 +12,7 @@ from torch import Tensor
 from ..admission import settle, transforming
 from ..dtypes import FLOATING
 from ..launchers import matmul
+from ..layout import batch_first
 from ..op import BackwardParams, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .contraction import (
@@ -20,7 +21,6 @@ from .contraction import (
     RULES,
     Arithmetic,
     backward_op,
-    batch_first,
     rows,
     saves,
     times,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, Number, is_number
 from ..kernels import reduction as k
+from ..kernels import reduction_backward as kb
 from ..launchers.reduction import MEAN, Reduction, reduce
 from ..op import Bind, OtherOverload, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
@@ -139,7 +140,7 @@ T = Tensor
 def _moments(name: str, kind: Reduction, with_mean: bool, *targets: Any, formula: str) -> None:
     """``var``, ``std``, or one of them with the mean."""
     root = kind is DEVIATION
-    device_function = k.deviation_bwd if root else k.variance_bwd
+    device_function = kb.deviation_bwd if root else kb.variance_bwd
     names = ("g", "h", "x", "out", "mean") if with_mean else ("g", "x", "out")
     wanted = ("g", "h", "x", "out") if root else ("g", "h", "x")
 

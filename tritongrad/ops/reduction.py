@@ -1,4 +1,4 @@
-"""Reductions: sum and its like, amax and amin, and what all other reductions share with them.
+"""What reductions share: reading their calls, the record of one, its backward op and forward mode.
 
 The rules are torch's (derivatives.yaml), so that values at ties and of NaN are too. ``g`` is the
 gradient of the result; it and ``out``, the result, are broadcast back along the reduced dimensions.
@@ -19,12 +19,8 @@ from ..admission import admit, settle, transforming
 from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL, Number
 from ..function import vjp
-from ..kernels import reduction as k
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import (
-    AMAX,
-    AMIN,
-    MEAN,
     SUM,
     Plan,
     Reduction,
@@ -34,6 +30,7 @@ from ..launchers.reduction import (
     run,
     run_many,
 )
+from ..layout import batched
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 
@@ -186,26 +183,6 @@ def bind_total(kind_of: KindOf) -> Bind:
     return bind
 
 
-def bind_nan(kind_of: KindOf) -> Bind:
-    """The signature of nansum and nanmean, of which keepdim needs no dim."""
-
-    def bind(
-        input: Tensor, dim: Dim = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-    ) -> tuple[Tensors, Params]:
-        return (input,), read(input, dim, keepdim, dtype, kind_of)
-
-    return bind
-
-
-def bind_extremum(kind_of: KindOf) -> Bind:
-    """The signature of amax and amin."""
-
-    def bind(input: Tensor, dim: Dim = (), keepdim: bool = False) -> tuple[Tensors, Params]:
-        return (input,), read(input, dim, keepdim, None, kind_of)
-
-    return bind
-
-
 # ------------------------------------------------------------------------------- common to the ops
 
 
@@ -243,12 +220,6 @@ def _plan_of(kind_of: KindOf, params: Params, x: Tensor) -> Plan:
 def shifted(params: Any) -> Any:
     """``params`` for an input with one more dimension, in front."""
     return params._replace(dims=tuple([d + 1 for d in params.dims]))
-
-
-def in_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
 
 
 def reduction(
@@ -303,7 +274,7 @@ def reduction(
         return push(op, params, *tensors, *outs, settle(tangents[0]))
 
     def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Any, Any]:
-        found = apply(op, shifted(params), (in_front(tensors[0], dims[0]),))
+        found = apply(op, shifted(params), batched(tensors, dims))
         return found, 0 if outputs == 1 else (0,) * outputs
 
     op = Op(
@@ -358,8 +329,7 @@ def backward_op(
         assert spec is not None
         spec = spec._replace(shape=torch.Size((info.batch_size, *spec.shape)))
         bp = bp._replace(params=shifted(bp.params), specs=(spec,))
-        batched = tuple(in_front(t, d) for t, d in zip(tensors, dims, strict=True))
-        return apply(op, bp, batched), 0
+        return apply(op, bp, batched(tensors, dims)), 0
 
     op = Op(
         name=f"{name}_backward",
@@ -397,86 +367,15 @@ def row_jvp(op: Op, params: Params, x: Tensor, *rest: Tensor) -> Any:
     return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def standard_samples(make: Make) -> Iterator[Sample]:
-    """Calls that cross block boundaries in both directions, share rows, and are strided."""
-    yield Sample((make(3, 5),), {}, "all")
-    yield Sample((make(3, 5),), {"dim": 1}, "rows")
-    yield Sample((make(3, 5),), {"dim": -2, "keepdim": True}, "columns, keepdim")
-    yield Sample((make(2, 3, 4),), {"dim": (0, -1)}, "several dims")
-    yield Sample((make(2, 3),), {"dim": (), "keepdim": True}, "dim=()")
-    yield Sample((make(),), {}, "0-dim")
-    yield Sample((make(7, 6).t(),), {"dim": 1}, "transposed")
-    yield Sample((make(4, 9)[:, ::2],), {"dim": 1}, "every other column")
-    yield Sample((make(2, 0, 3),), {"dim": 2}, "empty")
-    yield Sample((make(2, 4099),), {"dim": 1}, "past one block of the reduced")
-    yield Sample((make(3, 131),), {"dim": 0}, "past one block of the kept")
-    yield Sample((make(8, 2, 257),), {"dim": (0, 2)}, "rows shared by several programs")
-
-
-def _total_samples(make: Make) -> Iterator[Sample]:
-    yield from standard_samples(make)
-    yield Sample((make(3, 0),), {"dim": 1}, "of nothing")
-    yield Sample((make(3, 5),), {"dim": 1, "dtype": torch.float64}, "dtype")
-
-
-# ------------------------------------------------------------------------------------ sum and mean
-
-
-def _spread(params: Params, spec: Spec, g: Tensor) -> Tensor:
-    # A view, unless dtype= was given. Converted after it is expanded, as torch does: the derivative
-    # of this sums what has not been rounded to the input's dtype yet.
-    return restored(g, params).expand(spec.shape).to(spec.dtype)
-
-
-def _sum_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tensor:
-    return _spread(params, spec, g)
-
-
-def _mean_rule(params: Params, spec: Spec, g: Tensor, x: None, out: None) -> Tensor:
-    # Of no elements each gets nothing, and no number is divided by 0 on the way.
-    return _spread(params, spec, g / max(count_of(spec.shape, params.dims), 1))
-
-
-def _linear_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
-    if not params.dims:
-        return tangent.to(params.result)
-    # By torch's name rather than by apply(): a tangent may be zeros that were never stored.
-    return op.replaces[0](tangent, params.dims, params.keepdim, dtype=params.result)
-
-
-def _saves_nothing(params: Params, needs: Needs) -> tuple[int, ...]:
-    return ()
-
-
-def _saves_input(params: Params, needs: Needs) -> tuple[int, ...]:
-    return (0,)
-
-
-# --------------------------------------------------------------------------------- amax and amin
-
-
-def _extremum_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    hits = x == restored(out, params)
-    count = total_of(hits, params, True, COMPUTE_DTYPE[spec.dtype])
-    # Ties share evenly.
-    return ((restored(g, params) / count) * hits).to(spec.dtype)
-
-
-def _extremum_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    g, out = restored(g, params), restored(out, params)
-    count = hits_per_row(k.hit, params, x, out)
-    return exact_pointwise(k.extremum_bwd, (g, x, out, count), params.result, spec.dtype)
-
-
 @cache
-def _counting(function: Any) -> Reduction:
+def counting(function: Any) -> Reduction:
     return SUM.but(map=function)
 
 
 def hits_per_row(function: Any, params: Params, x: Tensor, out: Tensor) -> Tensor:
     """How many elements of each row of ``x`` are its extremum."""
     compute = COMPUTE_DTYPE[params.result]
-    return reduce(_counting(function), (x, out), params.dims, True, params.result, compute)
+    return reduce(counting(function), (x, out), params.dims, True, params.result, compute)
 
 
 def exact_pointwise(
@@ -504,69 +403,20 @@ def extremum_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor
     return (total / total_of(hits, params, params.keepdim, compute)).to(params.result)
 
 
-# ------------------------------------------------------------------------- sums that pass over NaN
-
-NANSUM = SUM.but(map=k.numeric_value)
-NANMEAN = Reduction(k.numeric, k.add_and_count, (0.0, 0.0), k.ratio)
-
-
-def _nansum_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
-    return _spread(params, spec, g) * (x == x)
-
-
-def _nansum_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
-    return exact_pointwise(k.nansum_bwd, (restored(g, params), x), params.result, spec.dtype)
-
-
-def _nanmean_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
-    count = total_of(x == x, params, True, COMPUTE_DTYPE[params.result])
-    return ((restored(g, params) / count) * (x == x)).to(spec.dtype)
-
-
-def _nanmean_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
-    compute = COMPUTE_DTYPE[params.result]
-    count = reduce(_counting(k.is_number), (x,), params.dims, True, x.dtype, compute)
-    return exact_pointwise(
-        k.nanmean_bwd, (restored(g, params), x, count), params.result, spec.dtype
-    )
-
-
-# --------------------------------------------------------------------------------------- logsumexp
-
-LOGSUMEXP = Reduction(k.exponential, k.add_exponentials, (-math.inf, 0.0), k.logarithm)
-
-
-def _bind_logsumexp(input: Tensor, dim: Dim, keepdim: bool = False) -> tuple[Tensors, Params]:
-    admit(input)
-    if dim is None or dim in ((), []):
-        raise Unsupported(f"dim={dim!r}")
-    dtype = torch.get_default_dtype() if input.dtype in INTEGRAL else None
-    return (input,), read(input, dim, keepdim, dtype, _logsumexp)
-
-
-def _logsumexp(number: float, count: int) -> Kind:
-    return Kind(LOGSUMEXP)
-
-
-def _logsumexp_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    return (restored(g, params) * torch.exp(x - restored(out, params))).to(spec.dtype)
-
-
-def _logsumexp_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    compute = COMPUTE_DTYPE[params.result]
-    if compute is not params.result:
-        # The exponential would multiply the rounding of a half precision result.
-        out = value_of(_logsumexp, params._replace(result=compute), x)
-    operands = (restored(g, params), x, restored(out, params))
-    return exact_pointwise(k.logsumexp_bwd, operands, params.result, spec.dtype)
-
-
-def _logsumexp_jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
-    compute = COMPUTE_DTYPE[params.result]
-    weights = torch.exp(x.to(compute) - restored(out, params))
-    total = total_of(weights * tangent, params, params.keepdim, compute)
-    # Their sum is 1 but for the rounding of `out`, which is large where x is.
-    return (total / total_of(weights, params, params.keepdim, compute)).to(params.result)
+def standard_samples(make: Make) -> Iterator[Sample]:
+    """Calls that cross block boundaries in both directions, share rows, and are strided."""
+    yield Sample((make(3, 5),), {}, "all")
+    yield Sample((make(3, 5),), {"dim": 1}, "rows")
+    yield Sample((make(3, 5),), {"dim": -2, "keepdim": True}, "columns, keepdim")
+    yield Sample((make(2, 3, 4),), {"dim": (0, -1)}, "several dims")
+    yield Sample((make(2, 3),), {"dim": (), "keepdim": True}, "dim=()")
+    yield Sample((make(),), {}, "0-dim")
+    yield Sample((make(7, 6).t(),), {"dim": 1}, "transposed")
+    yield Sample((make(4, 9)[:, ::2],), {"dim": 1}, "every other column")
+    yield Sample((make(2, 0, 3),), {"dim": 2}, "empty")
+    yield Sample((make(2, 4099),), {"dim": 1}, "past one block of the reduced")
+    yield Sample((make(3, 131),), {"dim": 0}, "past one block of the kept")
+    yield Sample((make(8, 2, 257),), {"dim": (0, 2)}, "rows shared by several programs")
 
 
 def short_samples(make: Make) -> Iterator[Sample]:
@@ -580,83 +430,3 @@ def short_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(2, 4099, low=0.5), 1), {}, "past one block of the reduced")
     yield Sample((make(3, 131), 0), {}, "past one block of the kept")
     yield Sample((make(8, 2, 257, low=0.5), (0, 2)), {}, "rows shared by several programs")
-
-
-def _nan_samples(make: Make) -> Iterator[Sample]:
-    yield Sample((make(3, 5),), {}, "all")
-    yield from short_samples(make)
-    yield Sample((make(3, 5).sqrt().detach().requires_grad_(), 1), {}, "with NaN")
-
-
-# ------------------------------------------------------------------------------------------- TABLE
-
-T = Tensor
-
-
-def _sum(number: float, count: int) -> Kind:
-    return Kind(SUM)
-
-
-def _mean(number: float, count: int) -> Kind:
-    return Kind(MEAN, (), (count,))
-
-
-def _amax(number: float, count: int) -> Kind:
-    refuse_empty(count)
-    return Kind(AMAX)
-
-
-def _amin(number: float, count: int) -> Kind:
-    refuse_empty(count)
-    return Kind(AMIN)
-
-
-def _nansum(number: float, count: int) -> Kind:
-    return Kind(NANSUM)
-
-
-def _nanmean(number: float, count: int) -> Kind:
-    return Kind(NANMEAN)
-
-
-_linear: dict[str, Any] = {"jvp": _linear_jvp, "saves": _saves_nothing, "samples": _total_samples}
-_extremum: dict[str, Any] = {
-    "constants": (2,),
-    "rule": _extremum_rule,
-    "backward": _extremum_backward,
-    "jvp": extremum_jvp,
-    "samples": standard_samples,
-    "formula": "dx = g / sum(x == out) * (x == out)",
-}
-reduction(
-    "sum", torch.sum, T.sum,
-    bind=bind_total(_sum), kind_of=_sum, rule=_sum_rule, **_linear,
-    formula="dx = g",
-    autocast={"cuda": "float32"},
-)  # fmt: skip
-reduction(
-    "mean", torch.mean, T.mean,
-    bind=bind_total(_mean), kind_of=_mean, rule=_mean_rule, **_linear,
-    formula="dx = g / n",
-)  # fmt: skip
-reduction("amax", torch.amax, T.amax, bind=bind_extremum(_amax), kind_of=_amax, **_extremum)
-reduction("amin", torch.amin, T.amin, bind=bind_extremum(_amin), kind_of=_amin, **_extremum)
-_nan: dict[str, Any] = {"saves": _saves_input, "samples": _nan_samples}
-reduction(
-    "nansum", torch.nansum, T.nansum,
-    bind=bind_nan(_nansum), kind_of=_nansum, rule=_nansum_rule, backward=_nansum_backward, **_nan,
-    formula="dx = g * (x == x)",
-)  # fmt: skip
-reduction(
-    "nanmean", torch.nanmean, T.nanmean,
-    bind=bind_nan(_nanmean), kind_of=_nanmean,
-    rule=_nanmean_rule, backward=_nanmean_backward, **_nan,
-    formula="dx = g / sum(x == x) * (x == x)",
-)  # fmt: skip
-reduction(
-    "logsumexp", torch.logsumexp, torch.special.logsumexp, T.logsumexp,
-    bind=_bind_logsumexp, kind_of=_logsumexp,
-    rule=_logsumexp_rule, backward=_logsumexp_backward, jvp=_logsumexp_jvp, samples=short_samples,
-    formula="dx = g * exp(x - out)",
-    autocast={"cuda": "float32"},
-)  # fmt: skip

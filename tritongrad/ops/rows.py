@@ -19,7 +19,7 @@ from ..function import vjp
 from ..kernels import pointwise as k
 from ..launchers.pointwise import NARROW, elementwise
 from ..launchers.reduction import sum_to
-from ..layout import broadcast_shape
+from ..layout import batch_first, broadcast_shape
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, register
 from ..runtime import launch_prepared
 from ..sampling import Make, Sample
@@ -349,15 +349,6 @@ def gradients(
             gradient = sum_to(gradient, spec.shape, spec.dtype)
         found.append(gradient)
     return found[0] if len(found) == 1 else tuple(found)
-
-
-def batch_first(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
-    """Batch dimension in front, then the logical dimensions right-aligned in ``rank``."""
-    if dim is None:
-        return tensor
-    moved = tensor.movedim(dim, 0)
-    padding = rank - (moved.dim() - 1)
-    return moved.reshape(moved.shape[0], *[1] * padding, *moved.shape[1:])
 
 
 def logical_rank(tensors: Tensors, dims: tuple) -> int:

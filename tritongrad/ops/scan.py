@@ -18,8 +18,10 @@ from ..admission import admit, launchable, settle
 from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL
 from ..kernels import reduction as k
+from ..kernels import reduction_backward as kb
 from ..launchers.reduction import Reduction, plan_for, run_many
 from ..launchers.scan import CUMPROD, CUMPROD_BACKWARD, CUMSUM, RECURRENCE, Scan, scan
+from ..layout import batched
 from ..op import Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .reduction import (
@@ -27,9 +29,8 @@ from .reduction import (
     Kind,
     Params,
     backward_op,
+    bind_total,
     exact_pointwise,
-    in_front,
-    read,
     reduction,
     restored,
     shifted,
@@ -186,10 +187,7 @@ def _recurrence_jvp(
 def _recurrence_vmap(
     info: Any, params: ScanParams, tensors: Tensors, dims: tuple
 ) -> tuple[Tensor, int]:
-    batched = [in_front(t, d) for t, d in zip(tensors, dims, strict=True)]
-    shape = torch.broadcast_shapes(*[t.shape for t in batched if t is not None])
-    whole = tuple([t if t is None else t.expand(shape) for t in batched])
-    return apply(recurrence, shifted(params), whole), 0
+    return apply(recurrence, shifted(params), batched(tensors, dims, info.batch_size)), 0
 
 
 recurrence = Op(
@@ -228,7 +226,7 @@ def _scan_op(
         return jvp(params, *tensors, *outs, settle(tangents[0]))
 
     def vmap(info: Any, params: ScanParams, tensors: Tensors, dims: tuple) -> tuple[Any, int]:
-        return apply(op, shifted(params), (in_front(tensors[0], dims[0]),)), 0
+        return apply(op, shifted(params), batched(tensors, dims)), 0
 
     op = Op(
         name=name,
@@ -275,20 +273,15 @@ def _prod(number: float, count: int) -> Kind:
     return Kind(PROD)
 
 
+_bind_total = bind_total(_prod)
+
+
 def _bind_prod(
-    input: Tensor,
-    dim: int = OMITTED,
-    keepdim: bool = OMITTED,
-    *,
-    dtype: torch.dtype | None = None,
+    input: Tensor, dim: int = OMITTED, keepdim: bool = OMITTED, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensors, Params]:
-    if dim is OMITTED:
-        if keepdim is not OMITTED:
-            raise Unsupported("keepdim without dim")
-        return (input,), read(input, None, False, dtype, _prod)
-    if type(dim) is not int:
+    if dim is not OMITTED and type(dim) is not int:
         raise Unsupported(f"dim={dim!r}")
-    return (input,), read(input, dim, keepdim is not OMITTED and keepdim, dtype, _prod)
+    return _bind_total(input, dim, keepdim, dtype=dtype)
 
 
 def _prod_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) -> Tensor:
@@ -319,7 +312,7 @@ def _prod_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: None) 
     launch = plan_for((x,), REST, params.dims, True, params.result)
     rows = run_many(launch, (x,), (compute,) * 3)
     operands = (restored(g, params), x, *rows)
-    return exact_pointwise(k.prod_bwd, operands, params.result, spec.dtype)
+    return exact_pointwise(kb.prod_bwd, operands, params.result, spec.dtype)
 
 
 def _prod_samples(make: Make) -> Iterator[Sample]:

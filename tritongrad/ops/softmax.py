@@ -23,6 +23,7 @@ from ..kernels import softmax as k
 from ..launchers import rowwise
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import PRODUCT, SUM, Reduction, plan, reduce, run_many
+from ..layout import batched
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 
@@ -206,19 +207,11 @@ def _shifted(params: Any) -> Any:
     return params._replace(dims=tuple([d + 1 for d in params.dims]), specs=None, plan=None)
 
 
-def _in_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    if tensor is None:
-        return None
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
 def _vmap_of(op: Callable[[], Op]) -> Callable[..., Any]:
     """The vmap rule of each op here: a batch is one more dimension of rows."""
 
     def vmap(info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
-        size = info.batch_size
-        batched = tuple(_in_front(t, d, size) for t, d in zip(tensors, dims, strict=True))
-        found = apply(op(), _shifted(params), batched)
+        found = apply(op(), _shifted(params), batched(tensors, dims, info.batch_size))
         return (found, (0,) * len(found)) if type(found) is tuple else (found, 0)
 
     return vmap

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, FLOATING, Number, is_number
 from ..kernels import reduction as k
+from ..kernels import reduction_backward as kb
 from ..launchers.reduction import AMAX, AMIN, SUM
 from ..op import Op, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
@@ -169,19 +170,19 @@ def backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> T
         return None
     g = restored(g, params)
     if p == 1:
-        return exact_pointwise(k.norm_1_bwd, (g, x), params.result, spec.dtype)
+        return exact_pointwise(kb.norm_1_bwd, (g, x), params.result, spec.dtype)
     out = restored(out, params)
     if p == 2:
-        return exact_pointwise(k.norm_2_bwd, (g, x, out), params.result, spec.dtype)
+        return exact_pointwise(kb.norm_2_bwd, (g, x, out), params.result, spec.dtype)
     if math.isinf(p):
         count = hits_per_row(k.absolute_hit, params, x, out)
-        return exact_pointwise(k.norm_inf_bwd, (g, x, out, count), params.result, spec.dtype)
+        return exact_pointwise(kb.norm_inf_bwd, (g, x, out, count), params.result, spec.dtype)
     compute = COMPUTE_DTYPE[params.result]
     if compute is not params.result:
         # out ** (p - 1) would multiply the rounding of a half precision result by p - 1.
         out = value_of(kind_of, params._replace(keepdim=True, result=compute), x)
-    scale = exact_pointwise(k.norm_scale, (g, out), compute, compute, (p,))
-    return exact_pointwise(k.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
+    scale = exact_pointwise(kb.norm_scale, (g, out), compute, compute, (p,))
+    return exact_pointwise(kb.norm_p_bwd, (scale, x), params.result, spec.dtype, (p,))
 
 
 def jvp(op: Op, params: Params, x: Tensor, out: Tensor, tangent: Tensor) -> Tensor:
