@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import math as m
+from .math import libdevice
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 ONE_OVER_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -17,7 +18,7 @@ TANHSHRINK_DEPTH = tl.constexpr(11)
 @triton.jit
 def logistic(x):
     # exp of a non-positive number only: it never overflows.
-    e = m.exp(-tl.abs(x))
+    e = libdevice.exp(-tl.abs(x))
     return m.div(tl.where(x < 0, e, 1), 1 + e)
 
 
@@ -44,7 +45,7 @@ def relu_bwd(g, out):
 
 @triton.jit
 def logsigmoid(x):
-    return (tl.where(x < 0, x, 0) - m.log1p(m.exp(-tl.abs(x))),)
+    return (tl.where(x < 0, x, 0) - libdevice.log1p(libdevice.exp(-tl.abs(x))),)
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def logsigmoid_bwd(g, x):
 @triton.jit
 def softplus(x, beta, threshold):
     z = x * beta
-    return (tl.where(z > threshold, x, m.div(m.log1p(m.exp(z)), beta)),)
+    return (tl.where(z > threshold, x, m.div(libdevice.log1p(libdevice.exp(z)), beta)),)
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def silu_bwd(g, x):
 @triton.jit
 def tanh_softplus(x):
     """tanh(log(1 + exp(x))) = n / (n + 2) with n = exp(x) (exp(x) + 2)."""
-    e = m.exp(tl.where(x > 20, 20, x))
+    e = libdevice.exp(tl.where(x > 20, 20, x))
     n = e * (e + 2)
     return m.div(n, n + 2)
 
@@ -96,13 +97,13 @@ def mish_bwd(g, x):
 
 @triton.jit
 def gelu(x):
-    return (0.5 * x * m.erfc(-x * SQRT_HALF),)
+    return (0.5 * x * libdevice.erfc(-x * SQRT_HALF),)
 
 
 @triton.jit
 def gelu_bwd(g, x):
-    density = m.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI
-    return (g * (0.5 * m.erfc(-x * SQRT_HALF) + x * density),)
+    density = libdevice.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI
+    return (g * (0.5 * libdevice.erfc(-x * SQRT_HALF) + x * density),)
 
 
 @triton.jit
@@ -123,13 +124,13 @@ def gelu_tanh_bwd(g, x):
 @triton.jit
 def elu(x, alpha, scale, input_scale):
     # tl.where evaluates both sides, and expm1 of a large number would be infinite times 0.
-    low = alpha * scale * m.expm1(tl.where(x > 0, 0, x) * input_scale)
+    low = alpha * scale * libdevice.expm1(tl.where(x > 0, 0, x) * input_scale)
     return (tl.where(x > 0, x * scale, low),)
 
 
 @triton.jit
 def elu_bwd(g, x, alpha, scale, input_scale):
-    low = g * (input_scale * (alpha * scale) * m.exp(x * input_scale))
+    low = g * (input_scale * (alpha * scale) * libdevice.exp(x * input_scale))
     return (tl.where(x <= 0, low, g * scale),)
 
 
@@ -250,10 +251,10 @@ def tanhshrink(x):
     for i in tl.static_range(1, TANHSHRINK_DEPTH):
         n, d = n * (2 * (TANHSHRINK_DEPTH - i) + 1) + s * d, n
     near = m.div(x * (s * d), n + s * d)
-    return (tl.where(tl.abs(x) < 2, near, x - m.tanh(x)),)
+    return (tl.where(tl.abs(x) < 2, near, x - libdevice.tanh(x)),)
 
 
 @triton.jit
 def tanhshrink_bwd(g, x):
-    t = m.tanh(x)
+    t = libdevice.tanh(x)
     return (g * (t * t),)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import math as m
+from .math import libdevice
 
 
 @triton.jit
@@ -44,14 +45,14 @@ def neg(x):
 
 @triton.jit
 def pow(x, y):
-    return (m.pow(x, y),)
+    return (libdevice.pow(x, y),)
 
 
 @triton.jit
 def pow_bwd(g, x, y, out):
-    dx = tl.where(y == 0, 0, g * (y * m.pow(x, y - 1)))
+    dx = tl.where(y == 0, 0, g * (y * libdevice.pow(x, y - 1)))
     # 0 ** y is constant in y for y >= 0; elsewhere log(0) says what torch says.
-    dy = g * tl.where((x == 0) & (y >= 0), 0, out * m.log(x))
+    dy = g * tl.where((x == 0) & (y >= 0), 0, out * libdevice.log(x))
     return dx, dy
 
 
@@ -59,7 +60,7 @@ def pow_bwd(g, x, y, out):
 def power_or_root(x, y):
     # For the numbers 0.5 and -0.5 torch takes roots, which are not powers at -0 and -inf.
     root = m.sqrt(x)
-    return tl.where(y == 0.5, root, tl.where(y == -0.5, m.inverse(root), m.pow(x, y)))
+    return tl.where(y == 0.5, root, tl.where(y == -0.5, m.inverse(root), libdevice.pow(x, y)))
 
 
 @triton.jit
@@ -156,17 +157,17 @@ def lerp_bwd(g, x, y, w):
 
 @triton.jit
 def fmod(x, y):
-    return (m.fmod(x, y),)
+    return (libdevice.fmod(x, y),)
 
 
 @triton.jit
 def fmod_bwd(g, x, y):
-    return g, -g * m.trunc(m.div(x, y))
+    return g, -g * libdevice.trunc(m.div(x, y))
 
 
 @triton.jit
 def remainder(x, y):
-    r = m.fmod(x, y)
+    r = libdevice.fmod(x, y)
     return (tl.where((r != 0) & ((r < 0) != (y < 0)), r + y, r),)
 
 
@@ -178,13 +179,13 @@ def remainder_bwd(g, x, y):
 @triton.jit
 def floor_quotient(x, y):
     """floor(x / y) of the exact quotient, as Python's: x / y may round up to an integer."""
-    r = m.fmod(x, y)
+    r = libdevice.fmod(x, y)
     q = m.div(x - r, y)
     q = tl.where((r != 0) & ((r < 0) != (y < 0)), q - 1, q)
     low = tl.floor(q)
     low = tl.where(q - low > 0.5, low + 1, low)
     quotient = m.div(x, y)
-    return tl.where(y == 0, quotient, tl.where(q == 0, m.copysign(q * 0, quotient), low))
+    return tl.where(y == 0, quotient, tl.where(q == 0, libdevice.copysign(q * 0, quotient), low))
 
 
 @triton.jit
@@ -194,4 +195,4 @@ def div_floor(x, y):
 
 @triton.jit
 def div_trunc(x, y):
-    return (m.trunc(m.div(x, y)),)
+    return (libdevice.trunc(m.div(x, y)),)

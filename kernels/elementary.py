@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import math as m
+from .math import libdevice
 
 PI = tl.constexpr(3.141592653589793)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -16,7 +17,7 @@ ONE_OVER_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def exp(x):
-    return (m.exp(x),)
+    return (libdevice.exp(x),)
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def exp_bwd(g, out):
 
 @triton.jit
 def log(x):
-    return (m.log(x),)
+    return (libdevice.log(x),)
 
 
 @triton.jit
@@ -46,27 +47,27 @@ def sqrt_bwd(g, out):
 
 @triton.jit
 def sin(x):
-    return (m.sin(x),)
+    return (libdevice.sin(x),)
 
 
 @triton.jit
 def sin_bwd(g, x):
-    return (g * m.cos(x),)
+    return (g * libdevice.cos(x),)
 
 
 @triton.jit
 def cos(x):
-    return (m.cos(x),)
+    return (libdevice.cos(x),)
 
 
 @triton.jit
 def cos_bwd(g, x):
-    return (-g * m.sin(x),)
+    return (-g * libdevice.sin(x),)
 
 
 @triton.jit
 def tanh(x):
-    return (m.tanh(x),)
+    return (libdevice.tanh(x),)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def tanh_bwd(g, out):
 
 @triton.jit
 def tan(x):
-    return (m.tan(x),)
+    return (libdevice.tan(x),)
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def tan_bwd(g, out):
 
 @triton.jit
 def acos(x):
-    return (m.acos(x),)
+    return (libdevice.acos(x),)
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def acos_bwd(g, x):
 
 @triton.jit
 def asin(x):
-    return (m.asin(x),)
+    return (libdevice.asin(x),)
 
 
 @triton.jit
@@ -106,7 +107,7 @@ def asin_bwd(g, x):
 
 @triton.jit
 def atan(x):
-    return (m.atan(x),)
+    return (libdevice.atan(x),)
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def atan_bwd(g, x):
 
 @triton.jit
 def atan2(x, y):
-    return (m.atan2(x, y),)
+    return (libdevice.atan2(x, y),)
 
 
 @triton.jit
@@ -128,27 +129,27 @@ def atan2_bwd(g, x, y):
 
 @triton.jit
 def sinh(x):
-    return (m.sinh(x),)
+    return (libdevice.sinh(x),)
 
 
 @triton.jit
 def sinh_bwd(g, x):
-    return (g * m.cosh(x),)
+    return (g * libdevice.cosh(x),)
 
 
 @triton.jit
 def cosh(x):
-    return (m.cosh(x),)
+    return (libdevice.cosh(x),)
 
 
 @triton.jit
 def cosh_bwd(g, x):
-    return (g * m.sinh(x),)
+    return (g * libdevice.sinh(x),)
 
 
 @triton.jit
 def acosh(x):
-    return (m.acosh(x),)
+    return (libdevice.acosh(x),)
 
 
 @triton.jit
@@ -158,7 +159,7 @@ def acosh_bwd(g, x):
 
 @triton.jit
 def asinh(x):
-    return (m.asinh(x),)
+    return (libdevice.asinh(x),)
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def asinh_bwd(g, x):
 
 @triton.jit
 def atanh(x):
-    return (m.atanh(x),)
+    return (libdevice.atanh(x),)
 
 
 @triton.jit
@@ -179,20 +180,20 @@ def atanh_bwd(g, x):
 @triton.jit
 def sinc(x):
     z = x * PI
-    return (tl.where(z == 0, 1, m.div(m.sin(z), z)),)
+    return (tl.where(z == 0, 1, m.div(libdevice.sin(z), z)),)
 
 
 @triton.jit
 def sinc_bwd(g, x):
     z = x * PI
     square = x * x * PI
-    slope = m.div(z * m.cos(z) - m.sin(z), square)
+    slope = m.div(z * libdevice.cos(z) - libdevice.sin(z), square)
     return (tl.where(square == 0, 0, g * slope),)
 
 
 @triton.jit
 def hypot(x, y):
-    return (m.hypot(x, y),)
+    return (libdevice.hypot(x, y),)
 
 
 @triton.jit
@@ -202,7 +203,7 @@ def hypot_bwd(g, x, y, out):
 
 @triton.jit
 def rsqrt(x):
-    return (m.rsqrt(x),)
+    return (libdevice.rsqrt(x),)
 
 
 @triton.jit
@@ -212,7 +213,7 @@ def rsqrt_bwd(g, out):
 
 @triton.jit
 def exp2(x):
-    return (m.exp2(x),)
+    return (libdevice.exp2(x),)
 
 
 @triton.jit
@@ -222,7 +223,7 @@ def exp2_bwd(g, out):
 
 @triton.jit
 def expm1(x):
-    return (m.expm1(x),)
+    return (libdevice.expm1(x),)
 
 
 @triton.jit
@@ -232,7 +233,7 @@ def expm1_bwd(g, out):
 
 @triton.jit
 def log2(x):
-    return (m.log2(x),)
+    return (libdevice.log2(x),)
 
 
 @triton.jit
@@ -242,7 +243,7 @@ def log2_bwd(g, x):
 
 @triton.jit
 def log10(x):
-    return (m.log10(x),)
+    return (libdevice.log10(x),)
 
 
 @triton.jit
@@ -252,7 +253,7 @@ def log10_bwd(g, x):
 
 @triton.jit
 def log1p(x):
-    return (m.log1p(x),)
+    return (libdevice.log1p(x),)
 
 
 @triton.jit
@@ -263,57 +264,57 @@ def log1p_bwd(g, x):
 @triton.jit
 def logaddexp(x, y):
     # Of two equal infinities the difference is NaN.
-    e = tl.where(x == y, 1, m.exp(-tl.abs(x - y)))
-    return (tl.where(x > y, x, y) + m.log1p(e),)
+    e = tl.where(x == y, 1, libdevice.exp(-tl.abs(x - y)))
+    return (tl.where(x > y, x, y) + libdevice.log1p(e),)
 
 
 @triton.jit
 def logaddexp_bwd(g, x, y):
-    return m.div(g, 1 + m.exp(y - x)), m.div(g, 1 + m.exp(x - y))
+    return m.div(g, 1 + libdevice.exp(y - x)), m.div(g, 1 + libdevice.exp(x - y))
 
 
 @triton.jit
 def logaddexp2(x, y):
-    e = tl.where(x == y, 1, m.exp2(-tl.abs(x - y)))
-    return (tl.where(x > y, x, y) + m.log1p(e) * LOG2_E,)
+    e = tl.where(x == y, 1, libdevice.exp2(-tl.abs(x - y)))
+    return (tl.where(x > y, x, y) + libdevice.log1p(e) * LOG2_E,)
 
 
 @triton.jit
 def logaddexp2_bwd(g, x, y):
-    return m.div(g, 1 + m.exp2(y - x)), m.div(g, 1 + m.exp2(x - y))
+    return m.div(g, 1 + libdevice.exp2(y - x)), m.div(g, 1 + libdevice.exp2(x - y))
 
 
 @triton.jit
 def xlogy(x, y):
-    return (tl.where((x == 0) & (y == y), 0, x * m.log(y)),)
+    return (tl.where((x == 0) & (y == y), 0, x * libdevice.log(y)),)
 
 
 @triton.jit
 def xlogy_bwd(g, x, y):
-    dx = tl.where((g == 0) & (y == y), 0, g * m.log(y))
+    dx = tl.where((g == 0) & (y == y), 0, g * libdevice.log(y))
     return tl.where((x == 0) & (y <= 0), 0, dx), m.div(g * x, y)
 
 
 @triton.jit
 def xlog1py(x, y):
-    return (tl.where((x == 0) & (y == y), 0, x * m.log1p(y)),)
+    return (tl.where((x == 0) & (y == y), 0, x * libdevice.log1p(y)),)
 
 
 @triton.jit
 def xlog1py_bwd(g, x, y):
-    dx = tl.where((g == 0) & (y == y), 0, g * m.log1p(y))
+    dx = tl.where((g == 0) & (y == y), 0, g * libdevice.log1p(y))
     return tl.where((x == 0) & (y <= -1), 0, dx), m.div(g * x, y + 1)
 
 
 @triton.jit
 def entr(x):
     # Below 0 it is -inf, not log's NaN.
-    return (tl.where(x < 0, float("-inf"), tl.where(x == 0, 0, -x * m.log(x))),)
+    return (tl.where(x < 0, float("-inf"), tl.where(x == 0, 0, -x * libdevice.log(x))),)
 
 
 @triton.jit
 def entr_bwd(g, x):
-    return (g * -(1 + m.log(x)),)
+    return (g * -(1 + libdevice.log(x)),)
 
 
 @triton.jit
@@ -324,7 +325,7 @@ def logit(x, eps):
     # Near 1/2 the odds are near 1, where log loses what they were rounded by; 2 x - 1 is exact.
     middle = tl.abs(x - 0.5) < 0.2
     odds = m.div(tl.where(middle, 2 * x - 1, x), 1 - x)
-    return (tl.where(middle, m.log1p(odds), m.log(odds)),)
+    return (tl.where(middle, libdevice.log1p(odds), libdevice.log(odds)),)
 
 
 @triton.jit
@@ -337,30 +338,30 @@ def logit_bwd(g, x, eps):
 
 @triton.jit
 def erf(x):
-    return (m.erf(x),)
+    return (libdevice.erf(x),)
 
 
 @triton.jit
 def erf_bwd(g, x):
-    return (m.exp(-(x * x)) * TWO_OVER_SQRT_PI * g,)
+    return (libdevice.exp(-(x * x)) * TWO_OVER_SQRT_PI * g,)
 
 
 @triton.jit
 def erfc(x):
-    return (m.erfc(x),)
+    return (libdevice.erfc(x),)
 
 
 @triton.jit
 def erfc_bwd(g, x):
-    return (-m.exp(-(x * x)) * TWO_OVER_SQRT_PI * g,)
+    return (-libdevice.exp(-(x * x)) * TWO_OVER_SQRT_PI * g,)
 
 
 @triton.jit
 def ndtr(x):
     # 1 + erf would cancel in the lower tail.
-    return (0.5 * m.erfc(-x * SQRT_HALF),)
+    return (0.5 * libdevice.erfc(-x * SQRT_HALF),)
 
 
 @triton.jit
 def ndtr_bwd(g, x):
-    return (m.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI * g,)
+    return (libdevice.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI * g,)

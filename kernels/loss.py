@@ -16,6 +16,7 @@ import triton.language as tl
 
 from . import math as m
 from .elementary import xlogy, xlogy_bwd
+from .math import libdevice
 from .reduction import at_least, one
 
 # What torch's kernel adds nothing below, a float32 in every dtype; and the least logarithm.
@@ -108,8 +109,8 @@ def huber_loss_bwd(g, x, y, w, scale, delta):
 
 @triton.jit
 def binary_cross_entropy(x, y, w):
-    off = at_least(m.log1p(-x), BCE_LEAST)
-    on = at_least(m.log(x), BCE_LEAST)
+    off = at_least(libdevice.log1p(-x), BCE_LEAST)
+    on = at_least(libdevice.log(x), BCE_LEAST)
     return (((y - 1) * off - y * on) * w,)
 
 
@@ -121,17 +122,17 @@ def cross_entropy_slope(u, x, y):
 @triton.jit
 def binary_cross_entropy_bwd(g, x, y, w, scale):
     g = g * scale * w
-    return cross_entropy_slope(g, x, y)[0], g * (m.log1p(-x) - m.log(x))
+    return cross_entropy_slope(g, x, y)[0], g * (libdevice.log1p(-x) - libdevice.log(x))
 
 
 @triton.jit
 def log_sigmoid(x):
-    return tl.where(x < 0, x, 0) - m.log1p(m.exp(-tl.abs(x)))
+    return tl.where(x < 0, x, 0) - libdevice.log1p(libdevice.exp(-tl.abs(x)))
 
 
 @triton.jit
 def sigmoid(x):
-    e = m.exp(-tl.abs(x))
+    e = libdevice.exp(-tl.abs(x))
     return m.div(tl.where(x < 0, e, 1), 1 + e)
 
 
@@ -173,38 +174,40 @@ def kl_div_bwd(g, x, y, scale):
 
 @triton.jit
 def kl_div_log_target(x, y):
-    return (m.exp(y) * (y - x),)
+    return (libdevice.exp(y) * (y - x),)
 
 
 @triton.jit
 def kl_div_log_target_bwd(g, x, y, scale):
     g = g * scale
-    e = m.exp(y)
+    e = libdevice.exp(y)
     return -g * e, g * (e * (y - x)) + g * e
 
 
 @triton.jit
 def stirling(y):
     """Stirling's approximation of log(y!), for y > 1."""
-    return tl.where(y <= 1, 0, y * m.log(y) - y + 0.5 * m.log(6.283185307179586 * y))
+    return tl.where(
+        y <= 1, 0, y * libdevice.log(y) - y + 0.5 * libdevice.log(6.283185307179586 * y)
+    )
 
 
 @triton.jit
 def stirling_bwd(g, y):
     # A product, not a selection: where the logarithm is not finite, torch's gradient is NaN.
     g = tl.where(y <= 1, 0, g)
-    return g * m.log(y) + (m.div(g * y, y) - g) + m.div(0.5 * g, y)
+    return g * libdevice.log(y) + (m.div(g * y, y) - g) + m.div(0.5 * g, y)
 
 
 @triton.jit
 def poisson_nll_loss(x, y, eps):
-    return (x - y * m.log(x + eps),)
+    return (x - y * libdevice.log(x + eps),)
 
 
 @triton.jit
 def poisson_nll_loss_bwd(g, x, y, scale, eps):
     g = g * scale
-    return g * (1 - m.div(y, x + eps)), -g * m.log(x + eps)
+    return g * (1 - m.div(y, x + eps)), -g * libdevice.log(x + eps)
 
 
 @triton.jit
@@ -220,13 +223,13 @@ def poisson_full_bwd(g, x, y, scale, eps):
 
 @triton.jit
 def poisson_log_input(x, y):
-    return (m.exp(x) - y * x,)
+    return (libdevice.exp(x) - y * x,)
 
 
 @triton.jit
 def poisson_log_input_bwd(g, x, y, scale):
     g = g * scale
-    return g * (m.exp(x) - y), -g * x
+    return g * (libdevice.exp(x) - y), -g * x
 
 
 @triton.jit
@@ -242,12 +245,12 @@ def poisson_log_input_full_bwd(g, x, y, scale):
 
 @triton.jit
 def soft_margin_loss(x, y):
-    return (m.log1p(m.exp(-y * x)),)
+    return (libdevice.log1p(libdevice.exp(-y * x)),)
 
 
 @triton.jit
 def soft_margin_loss_bwd(g, x, y, scale):
-    z = m.exp(-y * x)
+    z = libdevice.exp(-y * x)
     return (-g * scale * y * m.div(z, 1 + z),)
 
 

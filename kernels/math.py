@@ -4,6 +4,9 @@ Compiled, they are libdevice's (CUDA) or ocml's (AMD), which are accurate to a f
 and float64; ``tl.exp`` and ``tl.log`` would use the fast approximations. The interpreter has no
 libdevice. There the functions are those of NumPy, or of torch where NumPy has none, evaluated in
 float64 and rounded: NumPy's own in float32 are off by up to three ulp, depending on the processor.
+
+Kernels import ``libdevice`` from here and name its functions themselves: the compiler puts the
+target's library in its place only where a jit function of the file names it, not in an alias.
 """
 
 import triton
@@ -88,155 +91,6 @@ else:
     def div(x, y):
         # `/` is an approximation in float32; float64 has only the exact one.
         return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
-
-
-# Wrapped, not aliased: the compiler puts the target's library in place of `libdevice` only where a
-# jit function names it.
-
-
-@triton.jit
-def acos(x):
-    return libdevice.acos(x)
-
-
-@triton.jit
-def acosh(x):
-    return libdevice.acosh(x)
-
-
-@triton.jit
-def asin(x):
-    return libdevice.asin(x)
-
-
-@triton.jit
-def asinh(x):
-    return libdevice.asinh(x)
-
-
-@triton.jit
-def atan(x):
-    return libdevice.atan(x)
-
-
-@triton.jit
-def atan2(x, y):
-    return libdevice.atan2(x, y)
-
-
-@triton.jit
-def atanh(x):
-    return libdevice.atanh(x)
-
-
-@triton.jit
-def copysign(x, y):
-    return libdevice.copysign(x, y)
-
-
-@triton.jit
-def cos(x):
-    return libdevice.cos(x)
-
-
-@triton.jit
-def cosh(x):
-    return libdevice.cosh(x)
-
-
-@triton.jit
-def erf(x):
-    return libdevice.erf(x)
-
-
-@triton.jit
-def erfc(x):
-    return libdevice.erfc(x)
-
-
-@triton.jit
-def exp(x):
-    return libdevice.exp(x)
-
-
-@triton.jit
-def exp2(x):
-    return libdevice.exp2(x)
-
-
-@triton.jit
-def expm1(x):
-    return libdevice.expm1(x)
-
-
-@triton.jit
-def fmod(x, y):
-    return libdevice.fmod(x, y)
-
-
-@triton.jit
-def hypot(x, y):
-    return libdevice.hypot(x, y)
-
-
-@triton.jit
-def log(x):
-    return libdevice.log(x)
-
-
-@triton.jit
-def log10(x):
-    return libdevice.log10(x)
-
-
-@triton.jit
-def log1p(x):
-    return libdevice.log1p(x)
-
-
-@triton.jit
-def log2(x):
-    return libdevice.log2(x)
-
-
-@triton.jit
-def pow(x, y):
-    return libdevice.pow(x, y)
-
-
-@triton.jit
-def rint(x):
-    return libdevice.rint(x)
-
-
-@triton.jit
-def rsqrt(x):
-    return libdevice.rsqrt(x)
-
-
-@triton.jit
-def sin(x):
-    return libdevice.sin(x)
-
-
-@triton.jit
-def sinh(x):
-    return libdevice.sinh(x)
-
-
-@triton.jit
-def tan(x):
-    return libdevice.tan(x)
-
-
-@triton.jit
-def tanh(x):
-    return libdevice.tanh(x)
-
-
-@triton.jit
-def trunc(x):
-    return libdevice.trunc(x)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import collective
 from . import math as m
+from .math import libdevice
 from .pointwise import numbers
 
 # A tile's accumulators: 16 floats a thread, so four 16-byte loads in flight in each, and in float64
@@ -210,7 +211,7 @@ def add_exponentials(top1, total1, top2, total2):
     below = top1 < top2
     # Equal ones may be infinities, whose difference is NaN.
     gap = tl.where(top1 == top2, 0.0, -tl.abs(top1 - top2)).to(top1.dtype)
-    scale = m.exp(gap)
+    scale = libdevice.exp(gap)
     total = tl.where(below, total1 * scale + total2, total1 + total2 * scale)
     return tl.where(m.is_nan(top1) | (top1 > top2), top1, top2), total
 
@@ -309,7 +310,7 @@ def nonzero(x):
 
 @triton.jit
 def absolute_power(x, p):
-    return (m.pow(tl.abs(x), p),)
+    return (libdevice.pow(tl.abs(x), p),)
 
 
 @triton.jit
@@ -377,7 +378,7 @@ def root(total):
 
 @triton.jit
 def power(total, exponent):
-    return (m.pow(total, tl.broadcast_to(exponent, total.shape)),)
+    return (libdevice.pow(total, tl.broadcast_to(exponent, total.shape)),)
 
 
 @triton.jit
@@ -397,7 +398,7 @@ def deviation(n, origin, mean, square, freedom):
 
 @triton.jit
 def logarithm(top, total):
-    return (top + m.log(total),)
+    return (top + libdevice.log(total),)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from . import math as m
+from .math import libdevice
 from .reduction import absolute_hit, angle, at_least, hit, is_number, same, unbounded
 
 
@@ -50,7 +51,7 @@ def nanmean_bwd(g, x, count):
 
 @triton.jit
 def logsumexp_bwd(g, x, out):
-    return (g * m.exp(x - out),)
+    return (g * libdevice.exp(x - out),)
 
 
 @triton.jit
@@ -112,12 +113,12 @@ def norm_inf_bwd(g, x, out, count):
 def norm_scale(g, out, p):
     """What all elements of a row have in common in the gradient of a p-norm."""
     # Apart, so that a norm of 0 never divides.
-    low = g * m.pow(out, tl.broadcast_to(1 - p, out.shape))
-    high = tl.where(out == 0, 0, m.div(g, m.pow(out, tl.broadcast_to(p - 1, out.shape))))
+    low = g * libdevice.pow(out, tl.broadcast_to(1 - p, out.shape))
+    high = tl.where(out == 0, 0, m.div(g, libdevice.pow(out, tl.broadcast_to(p - 1, out.shape))))
     return (tl.where(p < 1, low, high),)
 
 
 @triton.jit
 def norm_p_bwd(scale, x, p):
-    slope = m.pow(tl.abs(x), tl.broadcast_to(p - 1, x.shape))
+    slope = libdevice.pow(tl.abs(x), tl.broadcast_to(p - 1, x.shape))
     return (m.sign(x) * tl.where(x == 0, 0, slope) * scale,)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import math as m
+from .math import libdevice
 
 
 @triton.jit
@@ -166,7 +167,7 @@ def nan_to_num_bwd(g, x, nan, posinf, neginf):
 
 @triton.jit
 def copysign(x, y):
-    return (m.copysign(x, y),)
+    return (libdevice.copysign(x, y),)
 
 
 @triton.jit
@@ -186,20 +187,20 @@ def ceil(x):
 
 @triton.jit
 def trunc(x):
-    return (m.trunc(x),)
+    return (libdevice.trunc(x),)
 
 
 @triton.jit
 def frac(x):
-    return (x - m.trunc(x),)
+    return (x - libdevice.trunc(x),)
 
 
 @triton.jit
 def round(x):
-    return (m.rint(x),)
+    return (libdevice.rint(x),)
 
 
 @triton.jit
 def round_decimals(x, up, down):
     """To a multiple of down / up, of which one is 1."""
-    return (m.div(m.rint(m.div(x * up, down)) * down, up),)
+    return (m.div(libdevice.rint(m.div(x * up, down)) * down, up),)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import math as m
+from .math import libdevice
 
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
@@ -24,7 +25,7 @@ NAN = tl.constexpr(float("nan"))
 def shifted(x, mask):
     """x - max x and its exponential, 0 past the end. A row of -inf is NaN, as torch's is."""
     x = x - tl.max(tl.where(mask, x, -INF), 1)[:, None]
-    return x, tl.where(mask, m.exp(x), 0)
+    return x, tl.where(mask, libdevice.exp(x), 0)
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def softmax_bwd_bwd_row(v, g, y, mask):
 @triton.jit
 def log_softmax_row(x, mask):
     x, e = shifted(x, mask)
-    return (x - m.log(tl.sum(e, 1))[:, None],)
+    return (x - libdevice.log(tl.sum(e, 1))[:, None],)
 
 
 @triton.jit
@@ -57,13 +58,15 @@ def log_softmax_bwd_row(g, y, mask):
 @triton.jit
 def log_softmax_bwd_bwd_row(v, g, y, mask):
     # v is 0 past the end, where exp(y) is not.
-    return log_softmax_bwd_bwd(v, g, y, tl.sum(v * m.exp(y), 1)[:, None], tl.sum(g, 1)[:, None])
+    return log_softmax_bwd_bwd(
+        v, g, y, tl.sum(v * libdevice.exp(y), 1)[:, None], tl.sum(g, 1)[:, None]
+    )
 
 
 @triton.jit
 def softmax(x, top, total):
     # A row with an infinity in it is NaN throughout, as torch's is.
-    return (m.div(m.exp(x - top), tl.where(top == INF, NAN, total)),)
+    return (m.div(libdevice.exp(x - top), tl.where(top == INF, NAN, total)),)
 
 
 @triton.jit
@@ -78,17 +81,17 @@ def softmax_bwd_bwd(v, g, y, vy, gy):
 
 @triton.jit
 def log_softmax(x, top, total):
-    return (x - top - m.log(tl.where(top == INF, NAN, total)),)
+    return (x - top - libdevice.log(tl.where(top == INF, NAN, total)),)
 
 
 @triton.jit
 def log_softmax_bwd(g, y, total):
-    return (g - m.exp(y) * total,)
+    return (g - libdevice.exp(y) * total,)
 
 
 @triton.jit
 def log_softmax_bwd_bwd(v, g, y, vp, total):
-    return v - vp, -v * m.exp(y) * total
+    return v - vp, -v * libdevice.exp(y) * total
 
 
 # MAP of the reductions of long rows.
@@ -96,4 +99,4 @@ def log_softmax_bwd_bwd(v, g, y, vp, total):
 
 @triton.jit
 def product_exponential(x, y):
-    return (x * m.exp(y),)
+    return (x * libdevice.exp(y),)
