@@ -58,8 +58,9 @@ class Code:
     stack_bytes: int  # per thread, spills and local arrays (sin and cos need one) together
     spill_bytes: int  # per thread, registers that did not fit and go through memory
     shared_bytes: int  # per program
-    wide_loads: int  # instructions that load at least 16 bytes per thread from global memory
-    wide_stores: int
+    # Of the instructions, for which a listing is read; without one, None and nothing:
+    wide_loads: int | None  # those that load at least 16 bytes per thread from global memory
+    wide_stores: int | None
     tensor_core: dict[str, int] = field(default_factory=dict)  # instruction -> count
     serialised: bool = False  # ptxas put waits between wgmma instructions that should overlap
 
@@ -125,17 +126,17 @@ def parse_amdgcn(assembly: str, shared_bytes: int) -> Code:
     )
 
 
-def inspect(compiled: Any) -> Code:
+def inspect(compiled: Any, listing: bool) -> Code:
     """The facts of a kernel that ``triton.compile`` returned, kept in Triton's cache beside it."""
     from triton.runtime.cache import get_cache_manager
 
     reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     cache = get_cache_manager(compiled.hash)
-    name = f"disassembly-{reader}.json"
+    name = f"disassembly-{reader}-{listing:d}.json"
     kept = cache.get_file(name)
     if kept is not None:
         return Code(**json.loads(Path(kept).read_text()))
-    code = _inspect_cuda(compiled) if "cubin" in compiled.asm else _inspect_hip(compiled)
+    code = _inspect_cuda(compiled, listing) if "cubin" in compiled.asm else _inspect_hip(compiled)
     cache.put(json.dumps(asdict(code)), name, binary=False)
     return code
 
@@ -144,15 +145,17 @@ def _inspect_hip(compiled: Any) -> Code:
     return parse_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
 
 
-def _inspect_cuda(compiled: Any) -> Code:
+def _inspect_cuda(compiled: Any, listing: bool) -> Code:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        listing = _output([knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)])
-    registers, stack = parse_usage(listing)
-    loads, stores, tensor_core = count_sass(listing)
+        # Listing the instructions takes as long as compiling them.
+        asked_for = ["-res-usage", "-sass"] if listing else ["-res-usage"]
+        text = _output([knobs.nvidia.cuobjdump.path, *asked_for, str(cubin)])
+    registers, stack = parse_usage(text)
+    loads, stores, tensor_core = count_sass(text) if listing else (None, None, {})
     # Without a stack there are no spills: only a stack, or wgmma, is worth a second run of ptxas.
     asked = stack > 0 or "HGMMA" in tensor_core
     spills, serialised = parse_ptxas(_ptxas_log(compiled)) if asked else (0, False)
@@ -270,7 +273,7 @@ def compile_job(job: Json) -> Json:
         )
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=gpu, options=vars(options))
-        code = inspect(compiled)
+        code = inspect(compiled, job["listing"])
     except Exception as error:
         return {"error": explain(error)}
     return asdict(code) | {

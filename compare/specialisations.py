@@ -99,11 +99,12 @@ def describe(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Json:
     }
 
 
-def make_job(description: Json, target: str) -> Json:
-    """What ``disassembly.compile_job`` needs to compile a described launch."""
+def make_job(description: Json, target: str, listing: bool = True) -> Json:
+    """What ``disassembly.compile_job`` needs to compile a described launch, and whether to list its
+    instructions."""
     modules = {description["kernel"][0]}
     modules |= {value["jit"][0] for value in _leaves(description["meta"]) if "jit" in value}
-    return description | {"packages": _packages(modules), "target": target}
+    return description | {"packages": _packages(modules), "target": target, "listing": listing}
 
 
 def _leaves(value: Json) -> Iterator[dict[str, Json]]:

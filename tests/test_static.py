@@ -405,7 +405,9 @@ def collected() -> list[Specialisation]:
 def test_every_op_compiles_without_spills(target: str) -> None:
     """Each kernel with each of its functions; all tiles and dtypes are for `make static`."""
     wanted = collected()
-    rows = static.compile_for(wanted, [target], 1, make_console())
+    # Which instructions a target of CUDA has is looked at once, on the one it matters most for.
+    listing = target in ("sm_90", "gfx942")
+    rows = static.compile_for(wanted, [target], 1, make_console(), listing)
     assert {
         (row.kernel, row.ops, str(row.constexprs)): row.faults for row in rows if row.faults
     } == {}
