@@ -248,6 +248,7 @@ KEEPS_INPUTS = (
     "huber_loss",
     "hinge_embedding_loss",
     "margin_ranking_loss",
+    "triplet_margin_loss",
 )
 
 # A bool for each row: where its norm was raised to eps.
