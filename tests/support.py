@@ -13,6 +13,7 @@ from torch.autograd import forward_ad as fwAD
 import tritongrad
 from tritongrad.dispatch import torch_name
 from tritongrad.op import OPS, Op
+from tritongrad.ops import criterion
 from tritongrad.runtime import INTERPRETED
 from tritongrad.sampling import Random, Sample, tensors
 
@@ -365,16 +366,18 @@ DIFFERENTIABLE = names(op for op in OPS.values() if op.differentiable)
 
 
 def _mechanism(op: Op) -> Any:
-    """What serves an op. A pointwise one shares it with those that differ from it in their device
-    functions alone: as many operands and numbers, as many saved."""
-    if not op.kernels or not all(kernel.startswith("pointwise") for kernel in op.kernels):
+    """What serves an op. A pointwise one, and a loss that is one, shares it with those that differ
+    from it in their device functions alone: as many operands and numbers, as many saved."""
+    pointwise = all(kernel.startswith("pointwise") for kernel in op.kernels)
+    if not op.kernels or not (pointwise or op.forward is criterion.evaluate):
         return op.name
     assert op.bind is not None
     args, kwargs, _ = calls(op)[0].sample
     bound, params = op.bind(*args, **kwargs)
-    needs = tuple([t is not None and t.is_floating_point() for t in bound])
+    needs = tuple([t is not None and t.requires_grad for t in bound])
     saved = op.differentiable and op.saves and tuple(op.saves(params, needs))
-    return len(bound), len(getattr(params, "consts", ())), saved, op.differentiable, op.composite
+    numbers = len(getattr(params, "consts", ()))
+    return op.kernels, len(bound), numbers, saved, op.differentiable, op.composite
 
 
 def representatives() -> set[str]:
