@@ -285,6 +285,7 @@ def compare(
     clones: Sequence[Tensor],
     exact: Derivation | None = None,
     max_order: int | None = None,
+    native: Callable[..., list[Tensor]] | None = None,
 ) -> Errors:
     """Compare every quantity of ``function``, torch code, on our kernels with torch's own.
 
@@ -294,12 +295,13 @@ def compare(
             a result that is further from torch's than the tolerance passes if it is at most
             SLACK times as far from this as torch's is.
         max_order: order beyond which our op has no derivative, and must say so.
+        native: what torch runs instead, where ``function`` itself lacks a derivative there.
     """
     rerouted = Rerouted(function)
-    ours, native = Derivation(rerouted, inputs), Derivation(function, clones)
+    ours, theirs = Derivation(rerouted, inputs), Derivation(native or function, clones)
     errors = Errors()
     for quantity, order in QUANTITIES.items():
-        expected = _native(getattr(native, quantity))
+        expected = _native(getattr(theirs, quantity))
         truth = _native(getattr(exact, quantity)) if exact is not None else None
         before = rerouted.launches
         try:

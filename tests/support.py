@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
 import tritongrad
+from tritongrad.compare.parity import STAND_INS
 from tritongrad.dispatch import torch_name
 from tritongrad.op import OPS, Op
 from tritongrad.ops import criterion
@@ -154,17 +154,6 @@ def assert_as_accurate(
             f"{what}[{i}]: further from the float64 result than native torch and the roundings\n"
             f"ours {ours[~fine]}\ntorch {theirs[~fine]}\nfloat64 {truth[~fine]}"
         )
-
-
-STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
-    # torch's has no second derivative, and its first is float32's 1 / 6 in float64 too.
-    F.hardsigmoid: lambda input: torch.where(
-        (input > -3) & (input < 3), input / 6 + 0.5, F.hardsigmoid(input.detach())
-    ),
-    # torch's is 0 in the lower tail, from where 1 + erf cancels.
-    torch.special.ndtr: lambda input: 0.5 * torch.erfc(-math.sqrt(0.5) * input),
-}
-"""torch function -> what is compared with in its place: the same, composed of other functions."""
 
 
 class Call:

@@ -127,6 +127,7 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 
 TORCH_LACKS = {
     ("jacfwd(jacfwd)", "binary_cross_entropy_with_logits"): "writes into a zero tensor",
+    ("jacrev(jacfwd)", "binary_cross_entropy"): "writes into a zero tensor",
     ("jacfwd(jacfwd)", "soft_margin_loss"): "no forward mode of its backward",
     ("jacfwd(jacrev)", "soft_margin_loss"): "no forward mode of its backward",
 }

@@ -48,7 +48,7 @@ def _bind_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensors, Params]:
     tensors = input, weight, bias
-    admit_alike(*[t for t in (input, weight, bias) if t is not None])
+    admit_alike(input, weight, *([] if bias is None else [bias]))
     if weight.dim() != 2:
         raise Unsupported("weight is not a matrix")
     if not input.dim() or input.shape[-1] != weight.shape[1]:
