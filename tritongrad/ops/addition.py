@@ -17,12 +17,12 @@ from ..dtypes import Number
 from ..kernels import arithmetic
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
+from .composite import POINTWISE, composite
 from .contraction import GEMM, REDUCTION, product
 from .factors import Params, admit_alike, check_factors, check_fits, product_shape, read_sum
 from .matmul import LOWER, bmm_form, mm_form
 from .rows import row
 from .signatures import bind_addr
-from .tensor_product import POINTWISE, composite
 
 
 class Factors(NamedTuple):

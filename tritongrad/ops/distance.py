@@ -25,6 +25,8 @@ from ..launchers.reduction import PRODUCT, Reduction, plan_for, reduce, run_many
 from ..layout import broadcast_shape, broadcasts
 from ..op import OPS, BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
+from .composite import POINTWISE, composite
+from .contraction import REDUCTION
 from .reduction import (
     Kind,
     Params,
@@ -416,11 +418,11 @@ def _bind_normalize(
     return (input,), _Normal(p, dim, torch.tensor(eps, dtype=input.dtype).item())
 
 
-def _normalized(params: _Normal, x: Tensor) -> Tensors:
+def _normalized(params: _Normal, x: Tensor) -> Tensor:
     # Not rounded to half precision on the way, because in the gradient two terms cancel.
     wide = x.to(COMPUTE_DTYPE[x.dtype])
     norm = wide.norm(params.p, params.dim, True)
-    return ((wide / torch.where(norm < params.eps, params.eps, norm)).to(x.dtype),)
+    return (wide / torch.where(norm < params.eps, params.eps, norm)).to(x.dtype)
 
 
 def _normalize_samples(make: Make) -> Iterator[Sample]:
@@ -446,17 +448,9 @@ _pair(
     samples=_distance_samples,
     formula="dx = g * sign(x - y) * (abs(x - y) / out) ** (p - 1); dy = -dx",
 )  # fmt: skip
-register(
-    Op(
-        name="normalize",
-        bind=_bind_normalize,
-        replaces=(F.normalize,),
-        reference=_normalized,
-        opinfo=("nn.functional.normalize",),
-        kernels=("reduce", "pointwise_dense", "pointwise_strided"),
-        dtypes=FLOATING,
-        samples=_normalize_samples,
-        formula="that of x / max(|x|, eps)",
-        autocast={"cuda": "float32"},
-    )
-)
+composite(
+    "normalize", F.normalize,
+    bind=_bind_normalize, value=_normalized, kernels=REDUCTION + POINTWISE,
+    formula="that of x / max(|x|, eps)", samples=_normalize_samples,
+    autocast={"cuda": "float32"}, opinfo=("nn.functional.normalize",),
+)  # fmt: skip

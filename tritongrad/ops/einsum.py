@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..op import Tensors, Unsupported
 from ..sampling import Make, Sample
+from .composite import POINTWISE, composite
 from .contraction import GEMM, REDUCTION
 from .factors import admit_alike
-from .tensor_product import POINTWISE, composite
 
 Label = str | int
 """A letter, or the place of a dimension of the ellipsis, from the end: -1 is its last."""

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..admission import admit
 from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
-from ..op import OPS, Op, Tensors, Unsupported, register
+from ..op import OPS, Tensors, Unsupported
 from ..sampling import Make, Sample
+from .composite import POINTWISE, composite
+from .contraction import REDUCTION
 from .criterion import FLOAT32
 from .loss_calls import INTEGRAL_TARGETS, REDUCTIONS, modern
 
@@ -42,12 +44,12 @@ def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple([t.to(COMPUTE_DTYPE[t.dtype]) for t in tensors])
 
 
-def _reduced(losses: Tensor, reduction: str, result: torch.dtype) -> tuple[Tensor]:
+def _reduced(losses: Tensor, reduction: str, result: torch.dtype) -> Tensor:
     if reduction == "mean":
         losses = losses.mean()
     elif reduction == "sum":
         losses = losses.sum()
-    return (losses.to(result),)
+    return losses.to(result)
 
 
 # --------------------------------------------------------------------------- cosine_embedding_loss
@@ -83,7 +85,7 @@ def _bind_cosine(
 _EPSILON = 9.999999960041972e-13  # torch's 1e-12 is a float32
 
 
-def _cosine(params: _Cosine, x: Tensor, y: Tensor, target: Tensor) -> Tensors:
+def _cosine(params: _Cosine, x: Tensor, y: Tensor, target: Tensor) -> Tensor:
     result = x.dtype
     x, y = _wide(x, y)
     xx, yy, xy = (torch.linalg.vecdot(a, b) for a, b in ((x, x), (y, y), (x, y)))
@@ -144,7 +146,7 @@ def _bind_triplet(
     )
 
 
-def _triplet(params: _Triplet, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensors:
+def _triplet(params: _Triplet, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     def distance(x: Tensor, y: Tensor) -> Tensor:
         return F.pairwise_distance(x, y, params.p, params.eps)
 
@@ -173,33 +175,17 @@ def _triplet_samples(make: Make) -> Iterator[Sample]:
 
 # ------------------------------------------------------------------------------------------- TABLE
 
-_ROWS = ("reduce", "pointwise_dense", "pointwise_strided")
-
-register(
-    Op(
-        name="cosine_embedding_loss",
-        bind=_bind_cosine,
-        replaces=(F.cosine_embedding_loss,),
-        reference=_cosine,
-        opinfo=("nn.functional.cosine_embedding_loss",),
-        kernels=_ROWS,
-        dtypes=FLOATING,
-        samples=_cosine_samples,
-        formula="that of 1 - cos(x, y), or of max(cos(x, y) - margin, 0)",
-        autocast=FLOAT32,
-    )
-)
-register(
-    Op(
-        name="triplet_margin_loss",
-        bind=_bind_triplet,
-        replaces=(F.triplet_margin_loss,),
-        reference=_triplet,
-        opinfo=("nn.functional.triplet_margin_loss",),
-        kernels=_ROWS,
-        dtypes=FLOATING,
-        samples=_triplet_samples,
-        formula="that of max(margin + |anchor - positive| - |anchor - negative|, 0)",
-        autocast=FLOAT32,
-    )
-)
+composite(
+    "cosine_embedding_loss", F.cosine_embedding_loss,
+    bind=_bind_cosine, value=_cosine, kernels=REDUCTION + POINTWISE,
+    formula="that of 1 - cos(x, y), or of max(cos(x, y) - margin, 0)",
+    samples=_cosine_samples, autocast=FLOAT32,
+    opinfo=("nn.functional.cosine_embedding_loss",),
+)  # fmt: skip
+composite(
+    "triplet_margin_loss", F.triplet_margin_loss,
+    bind=_bind_triplet, value=_triplet, kernels=REDUCTION + POINTWISE,
+    formula="that of max(margin + |anchor - positive| - |anchor - negative|, 0)",
+    samples=_triplet_samples, autocast=FLOAT32,
+    opinfo=("nn.functional.triplet_margin_loss",),
+)  # fmt: skip

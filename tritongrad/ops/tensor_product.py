@@ -8,50 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATING
-from ..op import Bind, Op, Tensors, Unsupported, register
+from ..op import Tensors, Unsupported
 from ..sampling import Make, Sample
+from .composite import POINTWISE, composite
 from .contraction import GEMM, REDUCTION
 from .factors import admit_alike
 from .operands import bind_tensors
-
-POINTWISE = ("pointwise_dense", "pointwise_strided")
-
-
-def composite(
-    name: str,
-    *targets: Callable[..., Any],
-    bind: Bind,
-    value: Callable[..., Tensor],
-    kernels: tuple[str, ...],
-    formula: str,
-    samples: Callable[[Make], Iterator[Sample]],
-    autocast: dict[str, str] | None = None,
-    opinfo: tuple[str, ...] | None = None,
-) -> None:
-    """Register the op whose result is ``value(params, *tensors)``."""
-    register(Op(
-        name=name,
-        bind=bind,
-        # Whether operands of different dtypes may come in.
-        ambient=torch._C._is_any_autocast_enabled,
-        replaces=targets,
-        reference=lambda params, *tensors: (value(params, *tensors),),
-        autocast=autocast or {},
-        opinfo=(name,) if opinfo is None else opinfo,
-        kernels=kernels,
-        formula=formula,
-        dtypes=FLOATING,
-        samples=samples,
-        sources="torch's own definition",
-    ))  # fmt: skip
 
 
 def _refuse_out(out: Any) -> None:
