@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import library, runtime
 from .admission import transforming
+from .extension import EXTENSIONS
 from .op import OVERLOADS, TARGETS, Bind, Op, OtherOverload, Tensors, Unsupported
 from .runtime import local
 from .sampling import Sample
@@ -151,8 +152,10 @@ def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:
 
 @cache
 def torch_name(func: Function) -> str:
-    """Public name of a torch callable, for reports."""
+    """Public name of a torch callable, or of an extension, for reports."""
     plain = getattr(func, "__name__", "")
+    if EXTENSIONS.get(plain) is func:
+        return f"{func.__module__}.{plain}"
     for module in (torch, torch.nn.functional):
         # resolve_name knows some functions by an alias (torch.mm as torch.spmm).
         if getattr(module, plain, None) is func:

@@ -1,4 +1,4 @@
-"""``torch.nn.functional`` with our functions in place of those we have."""
+"""``torch.nn.functional`` with our functions in place of those we have, and some that it lacks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from .. import ops as ops
+from ..extension import EXTENSIONS
 from ..namespace import overlay
 
-_lookup = overlay(torch.nn.functional)
+_lookup = overlay(torch.nn.functional, EXTENSIONS)
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(torch.nn.functional)})
+    return sorted({*globals(), *dir(torch.nn.functional), *EXTENSIONS})
