@@ -56,9 +56,10 @@ INTERPRETED: bool = _settle()
 if INTERPRETED:
     import numpy  # what the interpreter computes with
 
-    from ._interpreter import correct_bfloat16
+    from ._interpreter import correct_bfloat16, quicken
 
     correct_bfloat16()
+    quicken()
 
 DEVICE_TYPES: frozenset[str] = frozenset(("cuda", "cpu") if INTERPRETED else ("cuda",))
 """Types of the devices whose tensors our kernels accept."""
