@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import DEVICE
+from support import DEVICE, assert_same
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -329,3 +330,37 @@ def test_weight_of_l1_loss() -> None:
         with tritongrad.use():
             (slope,) = torch.autograd.grad(loss(weight).sum(), weight)
         torch.testing.assert_close(slope, torch.autograd.grad(loss(weight).sum(), weight)[0])
+
+
+def test_what_torch_writes_in_python_is_rerouted_inside() -> None:
+    """multi_head_attention_forward offers itself to modes, and none of the calls it is made of."""
+    attention = torch.nn.MultiheadAttention(8, 2, dtype=torch.float64, device=DEVICE)
+    x = torch.randn(3, 2, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+    def run() -> Tensor:
+        y, weights = attention(x, x, x)
+        return torch.autograd.grad(y.square().sum() + weights.sum(), x)[0]
+
+    with tritongrad.use() as session:
+        ours = run()
+    assert_same(ours, run())
+    assert {"linear", "softmax"} <= session.ran.keys()
+    assert "torch.nn.functional.multi_head_attention_forward" not in dict(session.fell_back)
+
+
+def test_what_a_user_put_in_torchs_module_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from inside a function that torch writes in Python, and after it was called before."""
+    seen = []
+    original = F.softmax
+    x = torch.randn(3, 2, 8, device=DEVICE)
+    attention = torch.nn.MultiheadAttention(8, 2, device=DEVICE)
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(args)
+        return original(*args, **kwargs)
+
+    with tritongrad.use():
+        attention(x, x, x)
+        monkeypatch.setattr(F, "softmax", recorded)
+        attention(x, x, x)
+    assert seen

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -110,6 +111,9 @@ class _Rerouting(TorchFunctionMode):
             with self:
                 return _past_override(func)(*args, **kwargs)
         target = TARGETS.get(func)
+        if target is None and _made_of_others(func):
+            with self:
+                return _past_override(func)(*args, **kwargs)
         # An outer session must not take what this one leaves to torch.
         local.bypass = 1
         try:
@@ -160,15 +164,29 @@ def _arguments(
     return self, gradient, retain_graph, create_graph, None, inputs
 
 
-def _past_override(func: Any) -> Callable[..., Any]:
-    """torch.autograd.backward or grad as it goes on when no mode takes the call.
+_OFFERS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+"""What a Python function of torch's asks to know whether a mode shall take the call."""
 
-    Both first offer themselves to the mode that is on; this is how to run them with it on.
+
+def _past_override(func: Any) -> Callable[..., Any]:
+    """A Python function of torch's, torch.autograd.grad for one, as it goes on when no mode takes
+    the call.
+
+    It first offers itself to the mode that is on; this is how to run it with the mode on. Made anew
+    each time: what is put in torch's modules in place of their own shall be called.
     """
-    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    names = {**func.__globals__, **dict.fromkeys(_OFFERS, lambda *_: False)}
     copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
+
+
+@cache
+def _made_of_others(func: Any) -> bool:
+    """Whether it is written in Python in ``torch.nn.functional``: what it calls may be ours."""
+    if type(func) is not FunctionType or func.__module__ != torch.nn.functional.__name__:
+        return False
+    return any(name in func.__code__.co_names for name in _OFFERS)
 
 
 def _selection(only: Any, exclude: Any) -> frozenset[str] | None:
