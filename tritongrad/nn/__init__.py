@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     # class warns when a subclass is made.
     if value.forward is torch.nn.Module.forward or hasattr(value, "__deprecated__"):
         return value
-    return _ours(value)
+    return _ours(getattr(torch.nn, name))
 
 
 def __dir__() -> list[str]:
