@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tritongrad.compare import models
+from tritongrad.compare.measure import DEVICE
+from tritongrad.compare.networks import Loss, Model
 from tritongrad.compare.plant import plant
 
 
@@ -18,21 +20,21 @@ def test_trains_as_on_torch(name: str) -> None:
     assert not row.problem
     assert row.fell_back == {}
     assert row.launches > 0
-    assert row.difference <= models.TOLERANCE
+    assert row.difference <= row.tolerance
     assert row.losses[-1] < row.losses[0]
 
 
 def test_differences_and_falls_fail(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def falls() -> tuple[list[torch.Tensor], models.Loss]:
-        x = torch.rand(3, dtype=torch.float64, device=models.DEVICE, requires_grad=True)
+    def falls() -> tuple[list[torch.Tensor], Loss]:
+        x = torch.rand(3, dtype=torch.float64, device=DEVICE, requires_grad=True)
         return [x], lambda: torch.relu(x).sum() + torch.linalg.inv(torch.diag(x)).sum()
 
-    def raises() -> tuple[list[torch.Tensor], models.Loss]:
+    def raises() -> tuple[list[torch.Tensor], Loss]:
         raise ValueError("no such thing")
 
-    found = {"falls": models.Model("", falls), "raises": models.Model("", raises)}
+    found = {"falls": Model("", falls), "raises": Model("", raises)}
     monkeypatch.setattr(models, "STEPS", 2)
     monkeypatch.setattr(models, "MODELS", models.MODELS | found)
     row = models.check("falls")
