@@ -348,6 +348,23 @@ def test_what_torch_writes_in_python_is_rerouted_inside() -> None:
     assert "torch.nn.functional.multi_head_attention_forward" not in dict(session.fell_back)
 
 
+def test_a_subclass_still_sees_what_torch_writes_in_python() -> None:
+    seen = []
+
+    class Marked(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    x = torch.randn(3, 2, 8, device=DEVICE).as_subclass(Marked)
+    with tritongrad.use():
+        torch.nn.MultiheadAttention(8, 2, device=DEVICE)(x, x, x)
+    assert F.multi_head_attention_forward in seen
+
+
 def test_what_a_user_put_in_torchs_module_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from inside a function that torch writes in Python, and after it was called before."""
     seen = []

@@ -103,7 +103,8 @@ class _Rerouting(TorchFunctionMode):
             kwargs = {**kwargs, "weight": _weight_of_caller()}
         if local.bypass:
             return func(*args, **kwargs)
-        if func in _BACKWARD and {Tensor, torch.nn.Parameter}.issuperset(types):
+        plain = _PLAIN.issuperset(types)
+        if plain and func in _BACKWARD:
             # Straight to the engine, with this mode still on: a checkpointed region computed again
             # during backward must meet the same ops as the first time.
             if func is Tensor.backward:
@@ -111,7 +112,7 @@ class _Rerouting(TorchFunctionMode):
             with self:
                 return _past_override(func)(*args, **kwargs)
         target = TARGETS.get(func)
-        if target is None and _made_of_others(func):
+        if target is None and plain and _made_of_others(func):
             with self:
                 return _past_override(func)(*args, **kwargs)
         # An outer session must not take what this one leaves to torch.
@@ -149,6 +150,9 @@ def takes(names: frozenset[str] | None, op: Op) -> bool:
     """Whether a selection of op names (None: all) includes ``op``."""
     return names is None or op.name in names
 
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Types of tensors that have no say in a call themselves."""
 
 _BACKWARD = frozenset((Tensor.backward, torch.autograd.backward, torch.autograd.grad))
 
