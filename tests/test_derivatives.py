@@ -97,6 +97,7 @@ def test_gradcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.mechanism
 def test_gradgradcheck(name: str) -> None:
     # One sample: all of OpInfo's are compared with torch to this order.
     call = max(separable(name), key=lambda c: len(c.inputs))

@@ -358,7 +358,8 @@ def test_anomaly_mode(name: str) -> None:
             return first, gradients([square_sum(first)], inputs)
 
     with pytest.warns(UserWarning, match="Anomaly Detection has been enabled"):
-        agree(name, scenario, SUMMED)
+        # It keeps the stack of each operation, every line of a kernel under the interpreter too.
+        agree(name, scenario, SUMMED, most=1)
 
 
 @each_op
@@ -434,8 +435,8 @@ def test_saved_tensors_hooks(name: str) -> None:
             first = gradients([square_sum(outputs)], inputs, create_graph=True)
         return gradients([square_sum(first)], inputs)
 
-    agree(name, scenario)
-    agree(name, scenario_twice, SUMMED, most=2)
+    agree(name, scenario, most=2)
+    agree(name, scenario_twice, SUMMED, most=1)
 
 
 # ------------------------------------------------------------------------------- 26: determinism
