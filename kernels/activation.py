@@ -33,6 +33,11 @@ def sigmoid_bwd(g, out):
 
 
 @triton.jit
+def sigmoid_bwd_bwd(vx, g, out):
+    return vx * (1 - out) * out, vx * g * (1 - 2 * out)
+
+
+@triton.jit
 def relu(x):
     # `x < 0` rather than a maximum: NaN stays NaN.
     return (tl.where(x < 0, 0, x),)
@@ -71,9 +76,23 @@ def silu(x):
 
 
 @triton.jit
-def silu_bwd(g, x):
+def silu_slopes(x):
+    """silu and its first two derivatives."""
     s = logistic(x)
-    return (g * s * (1 + x * (1 - s)),)
+    ds = s * (1 - s)
+    return x * s, s * (1 + x * (1 - s)), ds * (2 + x * (1 - 2 * s))
+
+
+@triton.jit
+def silu_bwd(g, x):
+    _, d, _ = silu_slopes(x)
+    return (g * d,)
+
+
+@triton.jit
+def silu_bwd_bwd(vx, g, x):
+    _, d, dd = silu_slopes(x)
+    return vx * d, vx * g * dd
 
 
 @triton.jit
@@ -101,9 +120,23 @@ def gelu(x):
 
 
 @triton.jit
-def gelu_bwd(g, x):
+def gelu_slopes(x):
+    """gelu and its first two derivatives; that of its density p is -x p."""
+    cumulated = 0.5 * libdevice.erfc(-x * SQRT_HALF)
     density = libdevice.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI
-    return (g * (0.5 * libdevice.erfc(-x * SQRT_HALF) + x * density),)
+    return x * cumulated, cumulated + x * density, density * (2 - x * x)
+
+
+@triton.jit
+def gelu_bwd(g, x):
+    _, d, _ = gelu_slopes(x)
+    return (g * d,)
+
+
+@triton.jit
+def gelu_bwd_bwd(vx, g, x):
+    _, d, dd = gelu_slopes(x)
+    return vx * d, vx * g * dd
 
 
 @triton.jit
@@ -114,11 +147,27 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def gelu_tanh_bwd(g, x):
+def gelu_tanh_slopes(x):
+    """gelu_tanh, x s with s the logistic function of 2 u, and its first two derivatives."""
     u = (x + x * x * x * GELU_B) * GELU_A
     s = logistic(2 * u)
+    slope = 2 * s * (1 - s)
     du = (1 + x * x * (3 * GELU_B)) * GELU_A
-    return (g * (s + x * (2 * s * (1 - s)) * du),)
+    ds = slope * du
+    dds = slope * (2 * (1 - 2 * s) * (du * du) + x * (6 * GELU_B * GELU_A))
+    return x * s, s + x * ds, 2 * ds + x * dds
+
+
+@triton.jit
+def gelu_tanh_bwd(g, x):
+    _, d, _ = gelu_tanh_slopes(x)
+    return (g * d,)
+
+
+@triton.jit
+def gelu_tanh_bwd_bwd(vx, g, x):
+    _, d, dd = gelu_tanh_slopes(x)
+    return vx * d, vx * g * dd
 
 
 @triton.jit

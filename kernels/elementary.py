@@ -76,6 +76,11 @@ def tanh_bwd(g, out):
 
 
 @triton.jit
+def tanh_bwd_bwd(vx, g, out):
+    return vx * (1 - out * out), -2 * (vx * g * out)
+
+
+@triton.jit
 def tan(x):
     return (libdevice.tan(x),)
 

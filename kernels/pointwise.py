@@ -3,9 +3,12 @@
 out[i] = f(x[i], y[i], ...; parameters), and backward dx_k[i] = g[i] * (df/dx_k)[i].
 
 Each operation is a device function over blocks of values, `NAME`, and its `NAME_bwd`; they are in
-arithmetic.py, selection.py, elementary.py and activation.py. Their parameters are `x, y` for inputs
-(`c` for a condition), `out` the result, `g` its gradient, and then the operation's numbers. Each
-returns a tuple, one value for each output; `NAME_bwd` has one for each differentiable input.
+arithmetic.py, selection.py, elementary.py, activation.py and gated.py. Their parameters are `x, y`
+for inputs (`c` for a condition), `out` the result, `g` its gradient, and then the operation's
+numbers. Each returns a tuple, one value for each output; `NAME_bwd` has one for each differentiable
+input. Where second order is a hot path there is a `NAME_bwd_bwd` too, the gradient of `NAME_bwd`:
+it takes the gradients `vx, vy` of dx and dy first, then what `NAME_bwd` takes, and returns one
+value for each tensor among that, in this order: dg, and dx, dy or dout.
 
 Two kernels carry them all: `pointwise_dense` where every operand is laid out in the same dense
 order, and `pointwise_strided` for the rest (broadcast, transposed, sliced). An operand is a

@@ -366,7 +366,10 @@ def _mechanism(op: Op) -> Any:
     needs = tuple([t is not None and t.requires_grad for t in bound])
     saved = op.differentiable and op.saves and tuple(op.saves(params, needs))
     numbers = len(getattr(params, "consts", ()))
-    return op.kernels, len(bound), numbers, saved, op.differentiable, op.composite
+    halves = getattr(params, "halves", None) is not None
+    second = op.backward is not None and op.backward.backward is not None
+    shared = op.kernels, len(bound), numbers, saved, op.differentiable, op.composite
+    return *shared, halves, second
 
 
 def representatives() -> set[str]:

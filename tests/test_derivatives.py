@@ -138,6 +138,8 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 TORCH_LACKS = {
     ("jacfwd(jacfwd)", "binary_cross_entropy_with_logits"): "writes into a zero tensor",
     ("jacrev(jacfwd)", "binary_cross_entropy"): "writes into a zero tensor",
+    ("jacfwd(jacfwd)", "glu"): "no forward mode of its tangent",
+    ("jacrev(jacfwd)", "glu"): "no derivative of its tangent",
     ("jacfwd(jacfwd)", "soft_margin_loss"): "no forward mode of its backward",
     ("jacfwd(jacrev)", "soft_margin_loss"): "no forward mode of its backward",
 }

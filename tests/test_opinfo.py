@@ -41,6 +41,9 @@ EXPECTED_FALLBACKS = {
 }
 """Reason with which a sample may run on torch -> why that is right."""
 
+NO_TANGENT = {("nn.functional.glu", dtype) for dtype in (torch.float16, torch.bfloat16)}
+"""Of which torch has no tangent on the CPU."""
+
 INFOS: dict[str, OpInfo] = {
     ".".join(filter(None, (info.name, info.variant_test_name))): info for info in op_db
 }
@@ -82,7 +85,7 @@ def both(op: Op, entry: str, dtype: torch.dtype) -> Iterator[tuple[Call, Derivat
         # Backward of a backward in half precision has no float64 reference of its own: the rounded
         # gradient in between is an input of it.
         "second": info.supports_gradgrad and dtype in (torch.float64, torch.float32),
-        "forward": info.supports_forward_ad,
+        "forward": info.supports_forward_ad and (entry, dtype) not in NO_TANGENT,
     }
     on_triton = 0
     for sample in samples(entry, dtype, info.supports_autograd):
@@ -121,7 +124,8 @@ def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype
         check(ours.value, theirs.value, exact.value)
         gradient, tangents = terms(wide.torch, wide.inputs, dtype)
         check(ours.gradient, theirs.gradient, exact.gradient, scale=gradient)
-        check(ours.tangents, theirs.tangents, exact.tangents, scale=tangents)
+        if (entry, dtype) not in NO_TANGENT:
+            check(ours.tangents, theirs.tangents, exact.tangents, scale=tangents)
 
 
 def spellings(info: OpInfo) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -36,6 +36,7 @@ def elementwise(
     consts: tuple[Number, ...],
     result: torch.dtype,
     out_dtypes: tuple[torch.dtype | None, ...],
+    into: tuple[Tensor | None, ...] = (),
 ) -> list[Tensor | None]:
     """Evaluate a device function over broadcast operands.
 
@@ -45,6 +46,7 @@ def elementwise(
         operands: tensors; None where ``scalars`` has the value, or where nothing depends on it.
         result: dtype every operand is promoted to before it is computed with.
         out_dtypes: dtype of each output, None for one that is not wanted.
+        into: the outputs of which the memory is decided, None for others; none for all others.
     """
     first: Tensor | None = None
     dense = True
@@ -63,17 +65,21 @@ def elementwise(
         scalars = tuple([v if v is None else encode(v, compute) for v in scalars])
     if consts:
         consts = encode_all(consts, compute)
+    if into:
+        dense = dense and all(t is None or t.is_contiguous() for t in into)
+    else:
+        into = (None,) * len(out_dtypes)
     if not dense:
         return _strided(
-            function, raw, operands, scalars, consts, result, compute, out_dtypes, first
+            function, raw, operands, scalars, consts, result, compute, out_dtypes, first, into
         )
     outs: list[Tensor | None] = [
-        None
-        if dtype is None
+        given
+        if dtype is None or given is not None
         else torch.empty_like(first)
         if dtype is first.dtype
         else torch.empty_like(first, dtype=dtype)
-        for dtype in out_dtypes
+        for dtype, given in zip(out_dtypes, into, strict=True)
     ]
     n = first.numel()
     if n:
@@ -96,7 +102,7 @@ class Plan(NamedTuple):
     """How operands of certain shapes and strides are walked that are not all dense in one order.
 
     Attributes:
-        shape, strides: of each result.
+        shape, strides: of each result that is to be made.
         kernel, grid: None if the results are empty.
         geometry: the kernel's arguments after the numbers.
         meta: its constexprs that depend on shapes.
@@ -112,10 +118,12 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _plan(
-    operands: tuple[tuple[torch.Size, Strides] | None, ...], itemsize: int, outs: int
+    operands: tuple[tuple[torch.Size, Strides] | None, ...],
+    itemsize: int,
+    given: tuple[Strides | None, ...],
 ) -> Plan:
     """How to walk operands of these shapes and strides, None where there is none; ``itemsize`` is
-    the computing type's."""
+    the computing type's, ``given`` are strides of the results, None for those of the plan."""
     present = [operand for operand in operands if operand is not None]
     shape = broadcast_sizes([own for own, _ in present])
     walks = [strides_as(own, strides, shape) for own, strides in present]
@@ -124,7 +132,9 @@ def _plan(
     n = shape.numel()
     if n == 0:
         return Plan(shape, out_strides, None, None, (), {})
-    sizes, merged = collapse(shape, [out_strides, *walks], order)
+    outs = len(given)
+    out_walks = [out_strides if own is None else own for own in given]
+    sizes, merged = collapse(shape, [*out_walks, *walks], order)
     wide = n > INT32_MAX - k.STRIDED_TILE_BYTES or any(reach(sizes, s) > INT32_MAX for s in merged)
     if all(s == merged[0] for s in merged) and merged[0] == [1]:
         # Dense in one order that is not the row-major one (transposed, channels last).
@@ -137,17 +147,18 @@ def _plan(
     tile = k.STRIDED_TILE_BYTES // itemsize
     block_columns = min(next_power_of_two(columns), tile)
     block_rows = tile // block_columns
-    walk = iter(merged[1:])
+    walk = iter(merged[outs:])
     in_strides = tuple([() if operand is None else tuple(next(walk)) for operand in operands])
     meta = {
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
-        # Many addresses and values a thread: fewer elements of each, or they spill.
-        "num_warps": 4 if outs + len(present) < 7 else 8,
+        # Many addresses and values a thread: fewer elements of each, or they spill. Of one row the
+        # addresses are few.
+        "num_warps": 4 if outs + len(present) < 7 or block_rows == 1 else 8,
     }
     grid = (-(-rows // block_rows) * -(-columns // block_columns),)
-    geometry = outer, (tuple(merged[0]),) * outs, in_strides, rows, columns
+    geometry = outer, tuple(map(tuple, merged[:outs])), in_strides, rows, columns
     return Plan(shape, out_strides, k.pointwise_strided, grid, geometry, meta)
 
 
@@ -161,20 +172,21 @@ def _strided(
     compute: torch.dtype,
     out_dtypes: tuple[torch.dtype | None, ...],
     like: Tensor,
+    into: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
     """``elementwise`` where the operands are not all dense in the same order."""
     plan = _plan(
         tuple([None if t is None else (t.shape, t.stride()) for t in operands]),
         compute.itemsize,
-        len(out_dtypes),
+        tuple([None if t is None else t.stride() for t in into]),
     )
     outs: list[Tensor | None] = [
-        None
-        if dtype is None
+        given
+        if dtype is None or given is not None
         else like.new_empty_strided(plan.shape, plan.strides)
         if dtype is like.dtype
         else torch.empty_strided(plan.shape, plan.strides, dtype=dtype, device=like.device)
-        for dtype in out_dtypes
+        for dtype, given in zip(out_dtypes, into, strict=True)
     ]
     if plan.grid is not None:
         launch(

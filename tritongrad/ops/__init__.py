@@ -15,6 +15,7 @@ from . import distance as distance
 from . import einsum as einsum
 from . import elementary as elementary
 from . import extremum as extremum
+from . import gated as gated
 from . import linear as linear
 from . import loss as loss
 from . import margin as margin

@@ -25,11 +25,11 @@ from ..kernels import loss as k
 from ..kernels import reduction as combine
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import MEAN, SUM, Reduction, plan_for, run, run_many
-from ..layout import broadcast_shape, broadcast_sizes
+from ..layout import batch_first, broadcast_shape, broadcast_sizes
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, register
 from ..sampling import Make, Sample
 from ..symbolic import formula
-from .rows import batch_all, batch_first, gradients, gradients_by_sample, logical_rank, reduce_to
+from .row_gradients import batch_all, gradients, gradients_by_sample, logical_rank, reduce_to
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

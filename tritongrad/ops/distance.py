@@ -38,7 +38,7 @@ from .reduction import (
     total_of,
     value_of,
 )
-from .rows import batch_all, logical_rank, reduce_to
+from .row_gradients import batch_all, logical_rank, reduce_to
 from .vector_norm import backward as norm_backward
 from .vector_norm import jvp as norm_jvp
 from .vector_norm import kind_of as norm_of

@@ -28,6 +28,8 @@ class Params(NamedTuple):
         result: dtype that torch's promotion gives.
         specs: () if all inputs are tensors of the result's shape and dtype, else None.
         form: which of the op's device functions, of those that ``row`` was given.
+        halves: the dimension, from the end, along which the first tensor is split into two inputs,
+            in a call where there is no second one.
     """
 
     scalars: tuple[Number | None, ...]
@@ -35,6 +37,7 @@ class Params(NamedTuple):
     result: torch.dtype
     specs: tuple[()] | None = None
     form: str = ""
+    halves: int | None = None
 
 
 def promoted(*values: Any) -> torch.dtype:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -18,29 +17,13 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, Number, encode_all
 from ..function import vjp
 from ..kernels import pointwise as k
 from ..launchers.pointwise import NARROW, elementwise
-from ..launchers.reduction import sum_to
-from ..layout import batch_first, broadcast_shape
-from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, register
+from ..layout import broadcast_shape
+from ..op import Bind, Needs, Op, Spec, Tensors, register
 from ..runtime import launch_prepared
 from ..sampling import Make, Sample
 from ..symbolic import formula
 from .operands import Params
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
-
-def reduce_to(value: Tensor, spec: Spec) -> Tensor:
-    """A gradient summed over what its input was broadcast along, in its input's dtype."""
-    if value.shape != spec.shape:
-        missing = value.dim() - len(spec.shape)
-        dims = list(range(missing))
-        dims += [
-            d for d, size in enumerate(spec.shape, missing) if size == 1 and value.shape[d] != 1
-        ]
-        if dims:
-            value = torch.sum(value, dims, keepdim=True)
-        value = value.expand(*value.shape[:missing], *spec.shape).reshape(spec.shape)
-    return value if value.dtype is spec.dtype else value.to(spec.dtype)
+from .row_gradients import KERNELS, Row, backward_op, batch_all, halved, logical_rank, reduce_to
 
 
 def spelled(*names: str) -> tuple[Callable[..., Any], ...]:
@@ -71,13 +54,15 @@ def row(
     samples: Callable[[Make], Iterator[Sample]] | None = None,
     opinfo: tuple[str, ...] | None = None,
     autocast: Mapping[str, str] | None = None,
+    schema: str | None = None,
     sources: str = "torch derivatives.yaml",
 ) -> Op:
     """Make and register the op of one row.
 
     Args:
-        functions: the kernel file with its device functions, ``name`` and ``name_bwd``; without the
-            latter the rules are evaluated instead.
+        functions: the kernel file with its device functions, ``name``, ``name_bwd`` and, where the
+            gradient has a gradient of its own in one kernel, ``name_bwd_bwd``; without the second,
+            or the third, the rules are evaluated instead.
         device: the device functions' name where it is not the op's.
         forms: the op's device functions are ``name + form`` and ``name + form + "_bwd"``, where
             ``bind`` says which; the rules may ask for ``form`` too. A form without a ``_bwd``,
@@ -96,14 +81,18 @@ def row(
         shares: those of which other ops take other overloads.
         boolean: a comparison: bool result, no derivative.
         low, high: range of sample values where the op is smooth.
+        schema: as ``Op`` has it; without one a compiler sees torch's own.
     """
     device = device or name
     forward_functions = {form: getattr(functions, device + form) for form in forms}
-    backward_functions = {
-        form: getattr(functions, f"{device}{form}_bwd")
-        for form in forms
-        if hasattr(functions, f"{device}{form}_bwd")
-    }
+    backward_functions, second_functions = (
+        {
+            form: getattr(functions, f"{device}{form}{suffix}")
+            for form in forms
+            if hasattr(functions, f"{device}{form}{suffix}")
+        }
+        for suffix in ("_bwd", "_bwd_bwd")
+    )
     raw = sum(1 << i for i, n in enumerate(inputs) if n == "c")
     arity = len(inputs)
     slots = {"out": arity} | {n: i for i, n in enumerate(inputs)}
@@ -149,6 +138,7 @@ def row(
                         metas[params.form, params.result],
                     )
                     return result
+        tensors = halved(tensors, 0, params)
         function, scalars = forward_functions[params.form], params.scalars
         if for_number is not None and scalars and scalars[-1] is not None:
             function, _ = for_number(scalars[-1])
@@ -162,6 +152,8 @@ def row(
     kept: dict[tuple[Needs, tuple[bool, ...]], tuple[int, ...]] = {}
 
     def saves(params: Params, needs: Needs) -> tuple[int, ...]:
+        if params.halves is not None:
+            return (0,)
         numbers = tuple([v is not None for v in params.scalars]) if params.scalars else ()
         try:
             return kept[needs, numbers]
@@ -172,6 +164,7 @@ def row(
             return kept[needs, numbers]
 
     def named(params: Params, saved: Tensors) -> dict[str, Any]:
+        saved = halved(saved, 0, params)
         values: dict[str, Any] = {"out": saved[arity], "form": params.form}
         for i, n in enumerate(inputs):
             number = params.scalars[i] if params.scalars else None
@@ -184,6 +177,9 @@ def row(
 
     def rule(params: Params, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors) -> Tensors:
         values = named(params, saved) | {"g": grads[0]}
+        if params.halves is not None:
+            parts = [rules[n](**{w: values[w] for w in wants[n]}) for n in inputs]
+            return torch.cat(parts, params.halves), None
         return tuple(
             reduce_to(rules[n](**{w: values[w] for w in wants[n]}), specs[i]) if need else None
             for i, (n, need) in enumerate(zip(inputs, needs, strict=True))
@@ -199,7 +195,9 @@ def row(
                 continue
             needs = tuple(j == i for j in range(arity))
             specs = tuple(Spec(out.shape, dtype) if need else None for need in needs)
-            part = vjp(op, params, needs, specs, (tangent,), (*tensors, out), own_level=1)[i]
+            kept, everything = saves(params, needs), (*tensors, out)
+            saved = tuple(t if j in kept else None for j, t in enumerate(everything))
+            part = vjp(op, params, needs, specs, (tangent,), saved, own_level=1)[i]
             assert part is not None
             total = part if total is None else total + part
         assert total is not None
@@ -208,6 +206,8 @@ def row(
     def tangent_of(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
         (out,) = outputs
         assert out is not None
+        tensors, tangents = halved(tensors, 0, params), halved(tangents, 0, params)
+        params = params._replace(halves=None)
         # Parts that cancel must not have been rounded to half precision before.
         several = sum(t is not None for t in tangents) > 1
         dtype = COMPUTE_DTYPE[out.dtype] if several else out.dtype
@@ -238,14 +238,17 @@ def row(
         saves=saves,
         specs=operator.attrgetter("specs"),
         rule=rule if rules else None,
-        backward=_backward_op(name, backward_functions, inputs, for_number, rule, wants)
+        backward=backward_op(
+            Row(name, backward_functions, second_functions, inputs, for_number, rule, tuple(rules))
+        )
         if backward_functions
         else None,
         jvp=tangent_of if rules else None,
         vmap=vmap,
         autocast=autocast or {},
+        schema=schema,
         opinfo=opinfo if opinfo is not None else (name,),
-        kernels=("pointwise_dense", "pointwise_strided"),
+        kernels=KERNELS,
         formula="; ".join(f"d{n} = {formula(rules[n])}" for n in inputs if n in rules),
         dtypes=FLOATING,
         differentiable=bool(rules),
@@ -256,142 +259,9 @@ def row(
     return op if bind is None else register(op)
 
 
-def _backward_op(
-    name: str,
-    functions: Mapping[str, Any],
-    inputs: tuple[str, ...],
-    for_number: Callable[[Number], tuple[Any, Any]] | None,
-    rule: Any,
-    wants: Mapping[str, tuple[str, ...]],
-) -> Op:
-    """The op that computes all of a row's gradients in one kernel, from ``(g, *inputs, out)``."""
-    slots = {"g": 0, "out": len(inputs) + 1} | {n: i + 1 for i, n in enumerate(inputs)}
-
-    @cache
-    def arguments(function: Any) -> tuple[tuple[int, ...], int]:
-        """Which tensors a device function takes, and which of those are conditions."""
-        names = function.arg_names
-        raw = sum(1 << i for i, n in enumerate(names) if n == "c")
-        return tuple(slots[n] for n in names if n in slots), raw
-
-    # Where each input's gradient stands in what the device function returns.
-    columns = tuple([list(wants).index(n) if n in wants else -1 for n in inputs])
-
-    def forward(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Any:
-        params, needs, specs = bp
-        tensors = (g, *saved)
-        device_function = functions.get(params.form)
-        if device_function is None:
-            found = [s for s, need in zip(specs, needs, strict=True) if need and s is not None]
-            constant = tuple([g.new_zeros(s.shape, dtype=s.dtype) for s in found])
-            return constant[0] if len(constant) == 1 else constant
-        if for_number is not None and params.scalars and params.scalars[-1] is not None:
-            _, device_function = for_number(params.scalars[-1])
-        order, raw = arguments(device_function)
-        operands = tuple([tensors[i] for i in order])
-        full = broadcast_shape([t for t in tensors if t is not None])
-        numbers = (None, *(params.scalars or (None,) * len(inputs)), None)
-        scalars = tuple([numbers[i] for i in order])
-        launch = partial(
-            elementwise, device_function, raw, operands, scalars, params.consts, params.result
-        )
-        return gradients(launch, columns, needs, specs, full, params.result)
-
-    def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
-        found = rule(bp.params, bp.needs, bp.specs, (g,), saved)
-        return tuple(t for t in found if t is not None)
-
-    def vmap(info: Any, bp: BackwardParams, tensors: Tensors, dims: tuple) -> Any:
-        return _vmap_backward(op, info, bp, tensors, dims)
-
-    op = Op(
-        name=f"{name}_backward",
-        bind=None,
-        forward=forward,
-        outputs=len(inputs),
-        reference=reference,
-        vmap=vmap,
-        kernels=("pointwise_dense", "pointwise_strided"),
-        dtypes=FLOATING,
-        formula=f"autograd through the rule of {name}",
-    )
-    return op
-
-
-def gradients(
-    launch: Callable[[tuple[torch.dtype | None, ...]], list[Tensor | None]],
-    columns: tuple[int, ...],
-    needs: Needs,
-    specs: tuple[Spec | None, ...],
-    full: torch.Size,
-    result: torch.dtype,
-) -> Any:
-    """Gradients of the inputs that need one, from one launch over the shape ``full``.
-
-    Args:
-        launch: of the dtypes of its outputs, None for what is not wanted, those outputs.
-        columns: place of each input's gradient among them.
-        result: dtype of the op's result.
-    """
-    dtypes: list[torch.dtype | None] = [None] * (max(columns) + 1)
-    wanted = []
-    for i, need, spec in zip(columns, needs, specs, strict=True):
-        if need and spec is not None:
-            # What is summed afterwards is not rounded before.
-            dtypes[i] = spec.dtype if spec.shape == full else COMPUTE_DTYPE[result]
-            wanted.append((i, spec))
-    outs = launch(tuple(dtypes))
-    found = []
-    for i, spec in wanted:
-        gradient = outs[i]
-        assert gradient is not None
-        if gradient.shape != spec.shape:
-            gradient = sum_to(gradient, spec.shape, spec.dtype)
-        found.append(gradient)
-    return found[0] if len(found) == 1 else tuple(found)
-
-
-def logical_rank(tensors: Tensors, dims: tuple) -> int:
-    return max(
-        t.dim() - (d is not None) for t, d in zip(tensors, dims, strict=True) if t is not None
-    )
-
-
-def batch_all(tensors: Tensors, dims: tuple, rank: int) -> Tensors:
-    return tuple(
-        None if t is None else batch_first(t, d, rank) for t, d in zip(tensors, dims, strict=True)
-    )
-
-
-def _vmap_backward(
-    op: Op, info: Any, bp: BackwardParams, tensors: Tensors, dims: tuple
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Each sample has gradients of its own, also for an input that all samples share."""
-    rank = logical_rank(tensors, dims)
-    return gradients_by_sample(op, info.batch_size, bp, rank, batch_all(tensors, dims, rank))
-
-
-def gradients_by_sample(
-    op: Op, size: int, bp: BackwardParams, rank: int, tensors: Tensors
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """``_vmap_backward`` of tensors that have the batch dimension in front, before ``rank`` logical
-    ones."""
-    specs = tuple(
-        spec and Spec(torch.Size((size, *[1] * (rank - len(spec.shape)), *spec.shape)), spec.dtype)
-        for spec in bp.specs
-    )
-    found = apply(op, bp._replace(specs=specs), tensors)
-    found = found if type(found) is tuple else (found,)
-    shapes = [spec.shape for spec, need in zip(bp.specs, bp.needs, strict=True) if need and spec]
-    results = tuple(
-        gradient.reshape(size, *shape) for gradient, shape in zip(found, shapes, strict=True)
-    )
-    return results, (0,) * len(results)
-
-
 def _cost(params: Params, *tensors: Tensor | None) -> tuple[int, int]:
     present = [t for t in tensors if t is not None]
-    n = broadcast_shape(present).numel()
+    n = broadcast_shape(present).numel() // (1 if params.halves is None else 2)
     moved = sum(t.numel() * t.element_size() for t in present) + n * params.result.itemsize
     return moved, n
 
