@@ -92,8 +92,10 @@ def define(op: Op) -> None:
     def backward(grads: list[Tensor], *args_outputs_needs: Any) -> list[Tensor]:
         *args, outputs, needs = args_outputs_needs
         tensors, params = bind(*args)
+        # Some signatures have not all of the tensors that there may be.
+        needs = (*needs, *[False] * (len(tensors) - len(needs)))
         specs = tuple(None if t is None else Spec(t.shape, t.dtype) for t in tensors)
-        found = vjp(op, params, tuple(needs), specs, tuple(grads), (*tensors, *outputs))
+        found = vjp(op, params, needs, specs, tuple(grads), (*tensors, *outputs))
         # Contiguous, as the fake kernel promises the compiler.
         return [g.contiguous() for g in found if g is not None]
 

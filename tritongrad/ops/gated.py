@@ -36,8 +36,8 @@ def _pair(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         raise RuntimeError(
             f"{name}: the last dimension of a packed tensor must be even, got {list(gate.shape)}"
         )
-    first, second = gate.chunk(2, -1)
-    return first, second
+    half = gate.shape[-1] // 2
+    return gate.narrow(-1, 0, half), gate.narrow(-1, half, half)
 
 
 @extension

@@ -88,7 +88,7 @@ def backward_op(row: Row) -> Op:
             constant = tuple([g.new_zeros(s.shape, dtype=s.dtype) for s in found])
             return constant[0] if len(constant) == 1 else constant
         if row.for_number is not None and row.has_number(params):
-            _, device_function = row.for_number(params.scalars[-1])  # type: ignore[arg-type]
+            _, device_function = row.for_number(params.scalars[-1])
         tensors = halved((g, *saved), 1, params)
         numbers = (None, *(params.scalars or (None,) * len(inputs)), None)
         return _launch(device_function, names, tensors, numbers, params, columns, needs, specs, 0)
