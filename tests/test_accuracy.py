@@ -21,6 +21,7 @@ from tritongrad.op import OPS
 from tritongrad.runtime import INTERPRETED
 
 F = torch.nn.functional
+G = tritongrad.nn.functional
 
 LIMIT = {torch.float32: 2.0, torch.float64: 4.0}
 COUNT = 400
@@ -81,6 +82,21 @@ CASES: dict[str, tuple[Callable[..., Tensor], Exact, tuple[Range, ...]]] = {
     "gelu:tail": (F.gelu, lambda x: x * mpmath.ncdf(x), ((-12, -1),)),
     "gelu:tanh": (lambda x: F.gelu(x, approximate="tanh"), gelu_tanh, ((-1, 5),)),
     "gelu:tanh tail": (lambda x: F.gelu(x, approximate="tanh"), gelu_tanh, ((-8, -1),)),
+    "geglu": (
+        G.geglu,
+        lambda x, y: x * mpmath.ncdf(x) * y,
+        ((-1, 5), (-10, 10)),
+    ),
+    "geglu:tanh": (
+        lambda x, y: G.geglu(x, y, "tanh"),
+        lambda x, y: gelu_tanh(x) * y,
+        ((-1, 5), (-10, 10)),
+    ),
+    "glu": (
+        lambda x, y: F.glu(torch.cat([x, y])),
+        lambda x, y: x * sigmoid(y),
+        ((-10, 10), (-20, 20)),
+    ),
     "hardsigmoid": (F.hardsigmoid, lambda x: min(max(x + 3, 0), 6) / 6, ((-2.5, 4),)),
     "hardswish": (F.hardswish, hardswish, ((-2.5, 4),)),
     "hypot": (torch.hypot, mpmath.hypot, ((-4, 4), (-4, 4))),
@@ -118,6 +134,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Exact, tuple[Range, ...]]] = {
     "softsign": (F.softsign, lambda x: x / (1 + abs(x)), ((-10, 10),)),
     "sqrt": (torch.sqrt, mpmath.sqrt, ((0, 1e3),)),
     "square": (torch.square, lambda x: x * x, ((-10, 10),)),
+    "swiglu": (G.swiglu, lambda x, y: x * sigmoid(x) * y, ((-20, 20), (-10, 10))),
     "tan": (torch.tan, mpmath.tan, ((-20, 20),)),
     "tanh": (torch.tanh, mpmath.tanh, ((-10, 10),)),
     "tanhshrink": (F.tanhshrink, lambda x: x - mpmath.tanh(x), ((-10, 10),)),
@@ -129,7 +146,7 @@ ROUNDED_AT_MOST_ONCE = frozenset(
     """
     abs add addr ceil clamp clamp_max clamp_min copysign eq floor fmax fmin fmod frac ge gt
     hardshrink hardtanh le leaky_relu lt masked_fill maximum minimum mul nan_to_num ne neg prelu
-    relu relu6 remainder round sign softshrink sub threshold trunc where
+    reglu relu relu6 remainder round sign softshrink sub threshold trunc where
     """.split()  # noqa: SIM905
 )
 """Ops that choose, step, or are one or two operations of arithmetic: nothing to measure here."""
@@ -139,6 +156,7 @@ TAIL = "the rounding of the argument of erfc or exp counts twice the argument sq
 WIDER: dict[str, tuple[float, float, str]] = {
     "gelu:tail": (256, 256, TAIL),
     "gelu:tanh tail": (128, 128, TAIL),
+    "geglu": (2.5, 4, "that of gelu, and one more product"),
     "mish": (4, 4, "six roundings in a row"),
     "ndtr:tail": (256, 256, TAIL),
     "sinc": (4, 4, "pi * x is rounded before its sine is taken"),
