@@ -154,9 +154,9 @@ ROUNDED_AT_MOST_ONCE = frozenset(
 TAIL = "the rounding of the argument of erfc or exp counts twice the argument squared"
 
 WIDER: dict[str, tuple[float, float, str]] = {
+    "geglu": (2.5, 4, "gelu's roundings and one more"),
     "gelu:tail": (256, 256, TAIL),
     "gelu:tanh tail": (128, 128, TAIL),
-    "geglu": (2.5, 4, "that of gelu, and one more product"),
     "mish": (4, 4, "six roundings in a row"),
     "ndtr:tail": (256, 256, TAIL),
     "sinc": (4, 4, "pi * x is rounded before its sine is taken"),

@@ -153,9 +153,9 @@ def _plan(
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
-        # Many addresses and values a thread: fewer elements of each, or they spill. Of one row the
-        # addresses are few.
-        "num_warps": 4 if outs + len(present) < 7 or block_rows == 1 else 8,
+        # Many addresses and values a thread: fewer elements of each, or they spill. Of one row of
+        # vectors the addresses are few.
+        "num_warps": 4 if columns % 16 == 0 and (outs + len(present) < 7 or block_rows == 1) else 8,
     }
     grid = (-(-rows // block_rows) * -(-columns // block_columns),)
     geometry = outer, tuple(map(tuple, merged[:outs])), in_strides, rows, columns
