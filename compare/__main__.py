@@ -13,6 +13,11 @@ from collections.abc import Sequence
 COMMANDS = {
     "static": ("tritongrad.compare.static", "compile every kernel for GPUs that are not here"),
     "host": ("tritongrad.compare.host", "time what a call costs beside its kernels"),
+    "bench": (
+        "tritongrad.compare.bench",
+        "time every op on a GPU, beside torch and other libraries",
+    ),
+    "report": ("tritongrad.compare.report", "pictures and tables of what was measured"),
     "models": ("tritongrad.compare.models", "train small models on our kernels and on torch"),
     "ops": ("tritongrad.compare.contract", "what each op promises"),
     "doctor": ("tritongrad.doctor", "what this machine has, and what is wrong with it"),

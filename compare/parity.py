@@ -40,7 +40,7 @@ def check(op: Op, sample: Sample, dtype: torch.dtype) -> Errors:
     native = STAND_INS.get(torch_function, torch_function)
     exact = None
     if dtype != torch.float64:
-        wide = _in_float64(sample)
+        wide = in_float64(sample)
         exact = Derivation(calling(native, wide), tensors(wide), dtype)
     inputs, clones = leaves(sample), tensors(clone(sample))
     return compare(
@@ -53,7 +53,7 @@ def check(op: Op, sample: Sample, dtype: torch.dtype) -> Errors:
     )
 
 
-def _in_float64(sample: Sample) -> Sample:
+def in_float64(sample: Sample) -> Sample:
     """The call with the same values in float64."""
 
     def widen(value: Any) -> Any:

@@ -130,6 +130,8 @@ class Op:
         cost: ``(params, *tensors) -> (bytes, operations)``, the least that a forward call moves
             and computes; benchmarks compare with it.
         samples: calls for parity, tests and static compilation, beside OpInfo's (see sampling.py).
+        bench: ``(make, size) -> Sample`` to measure, where one of ``samples`` with its sizes scaled
+            would not be what users call (see ``Size`` in compare/workloads.py).
         sources: where the derivative formula is from.
     """
 
@@ -161,6 +163,7 @@ class Op:
     constants: tuple[int, ...] = ()
     cost: Callable[..., tuple[int, int]] | None = None
     samples: Callable[[Make], Iterable[Sample]] | None = None
+    bench: Callable[[Make, Any], Sample] | None = None
     sources: str = ""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,88 @@
+"""A device for the harness of ``compare bench`` where there is no GPU: torch's CPU, and a clock of
+its own.
+
+Run as a program it is a worker of ``compare bench`` on this device, with small sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from tritongrad.compare import worker
+from tritongrad.compare.workloads import Size
+
+SIZES = {
+    "tiny": Size("tiny", 24, 6, 4, 4),
+    "small": Size("small", 96, 12, 6, 8),
+}
+
+
+class Stub:
+    """Each event is ``tick`` microseconds after the one before; each reading of the clock, a
+    microsecond."""
+
+    name = "Stub 9000"
+    torch_device = torch.device("cpu")
+    cache = 64
+
+    def __init__(self, tick: float = 5.0) -> None:
+        self.tick = tick
+        self.seconds = 0.0
+        self.events = 0
+        self.did: list[str] = []
+
+    def clock(self) -> float:
+        self.seconds += 1e-6
+        return self.seconds
+
+    def mark(self) -> float:
+        self.events += 1
+        self.did.append("mark")
+        return self.events * self.tick
+
+    def between(self, start: float, end: float) -> float:
+        return end - start
+
+    def synchronize(self) -> None:
+        self.did.append("synchronize")
+
+    def occupy(self, microseconds: float) -> None:
+        self.did.append("occupy")
+
+    def flush(self) -> None:
+        self.did.append("flush")
+
+    def start_peak(self) -> None:
+        pass
+
+    def peak(self) -> int:
+        return 640
+
+
+def main(plants: list[str]) -> None:
+    """Serve; each of ``plants`` is ``op:what``: break this op so."""
+    from tritongrad.op import OPS
+
+    for plant in plants:
+        name, _, what = plant.partition(":")
+        op = OPS[name]
+        entry = op.entry
+
+        def broken(*args: Any, what: str = what, entry: Any = entry, **kwargs: Any) -> Any:
+            if what == "exit":
+                os._exit(7)
+            if what == "hang":
+                time.sleep(600)
+            return entry(*args, **kwargs)
+
+        vars(op)["entry"] = broken
+    worker.serve(Stub(), sys.stdin, sys.stdout, SIZES)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
