@@ -10,7 +10,6 @@ import csv
 import datetime
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tritongrad.doctor import driver_version, installed
+from tritongrad.policy import slug
 
 from . import peers
 
@@ -52,7 +52,8 @@ class Row:
     """One measurement, or why there is none.
 
     Attributes:
-        case: name of the size, see workloads.py; ``shape`` are the tensors themselves.
+        case: name of the size, see workloads.py; ``shape`` are the arguments themselves.
+        elements: of the largest tensor among them.
         status: one of STATUSES; ``note`` says more.
         device_us, host_us: medians a call, with the 20th and 80th percentile.
         bytes, operations: the least that this phase moves and computes in matrix products.
@@ -73,6 +74,7 @@ class Row:
     implementation: str
     status: str
     note: str = ""
+    elements: int | None = None
     device_us: float | None = None
     device_us_20: float | None = None
     device_us_80: float | None = None
@@ -192,11 +194,6 @@ class Sensor:
             value.strip() for value in done.stdout.splitlines()[:1] for value in value.split(",")
         ]
         return tuple(values) if done.returncode == 0 and len(values) == len(QUERY) else ()
-
-
-def slug(name: str) -> str:
-    """A GPU's name as that of a directory: ``NVIDIA H200`` -> ``nvidia-h200``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass

@@ -112,11 +112,14 @@ def run(task: Task, place: Place) -> None:
             place.emit(replace(empty, status=status, note=_in_words(problem)))
         _survive(place.device, problem)
         return
-    shape = describe(samples[0])
+    known: dict[str, Any] = {
+        "shape": describe(samples[0]),
+        "elements": workloads.largest(tensors(samples[0])),
+    }
     for phase in task.phases:
         wanted = [i for i in task.implementations if (phase, i) not in task.skip]
         if wanted:
-            about = replace(empty, shape=shape, phase=phase)
+            about = replace(empty, phase=phase, **known)
             _Phase(op, samples, dtype, about, wanted, task, place).run()
 
 

@@ -17,6 +17,7 @@ from . import library, runtime
 from .admission import transforming
 from .extension import EXTENSIONS
 from .op import OVERLOADS, TARGETS, Bind, Op, OtherOverload, Tensors, Unsupported
+from .policy import SLOWER, Policy
 from .runtime import local
 from .sampling import Sample
 from .sampling import tensors as tensors_of
@@ -53,9 +54,10 @@ def dispatch(
     args: tuple,
     kwargs: dict[str, Any],
     session: runtime.Session | None,
+    policy: Policy | None = None,
 ) -> Any:
-    """Run ``func(*args, **kwargs)`` on ``op`` if it can, else on torch. Our modes are out of the
-    way already."""
+    """Run ``func(*args, **kwargs)`` on ``op`` if it can and ``policy`` has it so, else on torch.
+    Our modes are out of the way already."""
     try:
         if _dispatch_modes() or _is_tracing():
             # Tracers and fake tensors must see ATen operators, not our launches.
@@ -66,12 +68,14 @@ def dispatch(
             tensors, params = bind(*cast_args, **cast_kwargs)
         else:
             tensors, params = bind(*args, **kwargs)
+        if policy is not None and not policy.allows(op, tensors):
+            raise Unsupported(SLOWER)
     except OtherOverload:
-        return other_overload(op, bind, func, args, kwargs, session)
+        return other_overload(op, bind, func, args, kwargs, session, policy)
     except Unsupported as reason:
         return fall_back(op, bind, func, args, kwargs, str(reason), session)
     except TypeError:
-        return other_overload(op, bind, func, args, kwargs, session)
+        return other_overload(op, bind, func, args, kwargs, session, policy)
     if session is not None:
         session._count_run(op.name)
     result = apply(op, params, tensors)
@@ -85,6 +89,7 @@ def other_overload(
     args: tuple,
     kwargs: dict[str, Any],
     session: runtime.Session | None,
+    policy: Policy | None = None,
 ) -> Any:
     """Run a call that ``bind`` cannot read as the next overload of ``func``, else on torch."""
     following = OVERLOADS.get((func, bind))
@@ -92,7 +97,7 @@ def other_overload(
         following = OVERLOADS.get((func, following[1]))
     if following is None:
         return fall_back(op, bind, func, args, kwargs, str(OtherOverload()), session)
-    return dispatch(*following, func, args, kwargs, session)
+    return dispatch(*following, func, args, kwargs, session, policy)
 
 
 def fall_back(

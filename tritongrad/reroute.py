@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from . import library
 from .dispatch import dispatch, other_overload, torch_name
 from .op import OPS, OVERLOADS, TARGETS, Op, select
+from .policy import Policy, choose
 from .runtime import Session, local
 
 MOVES = "moves data, no arithmetic"
@@ -85,10 +86,13 @@ _INPLACE_OPERATORS = frozenset(
 class _Rerouting(TorchFunctionMode):
     """Sends torch calls that are in TARGETS to their ops, the rest to torch, and counts both."""
 
-    def __init__(self, session: Session, names: frozenset[str] | None) -> None:
+    def __init__(
+        self, session: Session, names: frozenset[str] | None, policy: Policy | None = None
+    ) -> None:
         super().__init__()
         self.session = session
         self.names = names
+        self.policy = policy
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -125,9 +129,9 @@ class _Rerouting(TorchFunctionMode):
                 return result
             op, bind = target
             if takes(self.names, op):
-                return dispatch(op, bind, func, args, kwargs, self.session)
+                return dispatch(op, bind, func, args, kwargs, self.session, self.policy)
             if (func, bind) in OVERLOADS:
-                return other_overload(op, bind, func, args, kwargs, self.session)
+                return other_overload(op, bind, func, args, kwargs, self.session, self.policy)
             self.session._count_fall_back(torch_name(func), "left out by use()")
             return func(*args, **kwargs)
         finally:
@@ -214,22 +218,30 @@ class use(ContextDecorator):
     Args:
         only: names of the ops to use, one or several; None for all.
         exclude: names of ops to leave to torch.
+        policy: "all", or "fastest" for those calls alone that were measured to be at least as fast
+            as torch's on this GPU, in their dtype and around their size. On a GPU that nobody has
+            measured it is "all", and the session says so. Under ``torch.compile`` it is "all".
 
     As a context manager it yields a session: ``.ran`` (Counter of op names), ``.fell_back``
     (Counter of (torch name, reason)), ``.launches`` (Triton kernels launched, those of the backward
     passes included), and a readable ``str()``.
 
     Raises:
-        ValueError: a name in ``only`` or ``exclude`` that is no op.
+        ValueError: a name in ``only`` or ``exclude`` that is no op, or no such policy.
 
     Under ``torch.utils.checkpoint`` call backward inside as well, or put ``use()`` inside the
     checkpointed function: what is computed again must be what was computed.
     """
 
     def __init__(
-        self, only: str | Iterable[str] | None = None, exclude: str | Iterable[str] = ()
+        self,
+        only: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] = (),
+        *,
+        policy: str = "all",
     ) -> None:
         self._names = _selection(only, exclude)
+        self._policy, self._told = choose(policy)
         # One `use()` object decorating a function is entered again by recursion, and by threads.
         self._open: dict[int, list[tuple[_Rerouting, Session | None]]] = {}
         self._traced: list[_Rerouting] = []
@@ -241,8 +253,8 @@ class use(ContextDecorator):
             mode.__enter__()
             self._traced.append(mode)
             return _UNCOUNTED
-        session = Session(local.session, self._names)
-        mode = _Rerouting(session, self._names)
+        session = Session(local.session, self._names, self._told)
+        mode = _Rerouting(session, self._names, self._policy)
         mode.__enter__()
         self._open.setdefault(threading.get_ident(), []).append((mode, local.session))
         local.session = session
@@ -259,18 +271,23 @@ class use(ContextDecorator):
 _enabled = threading.local()
 
 
-def enable(only: str | Iterable[str] | None = None, exclude: str | Iterable[str] = ()) -> Session:
+def enable(
+    only: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    *,
+    policy: str = "all",
+) -> Session:
     """Reroute this thread's torch calls until ``disable()``. Returns the session.
 
     Takes the arguments of ``use``. Other threads are not affected: call it in each.
 
     Raises:
         RuntimeError: it is enabled in this thread already.
-        ValueError: a name in ``only`` or ``exclude`` that is no op.
+        ValueError: a name in ``only`` or ``exclude`` that is no op, or no such policy.
     """
     if getattr(_enabled, "context", None) is not None:
         raise RuntimeError("tritongrad is enabled in this thread already; call disable() first")
-    context = use(only, exclude)
+    context = use(only, exclude, policy=policy)
     session = context.__enter__()
     _enabled.context, _enabled.session = context, session
     return session

@@ -72,12 +72,19 @@ class Session:
         ran: op name -> calls that ran on our kernels.
         fell_back: (torch name, reason) -> calls that torch ran.
         names: names of the ops that it was asked to use, None for all.
+        policy: in words, which calls it takes, if not all that it can.
         launches: Triton kernels launched on behalf of the session, those of the backward passes of
             its calls included, even when they run after the session was closed.
     """
 
-    def __init__(self, parent: Session | None = None, names: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        parent: Session | None = None,
+        names: frozenset[str] | None = None,
+        policy: str = "",
+    ) -> None:
         self.names = names
+        self.policy = policy
         self.ran: Counter[str] = Counter()
         self.fell_back: Counter[tuple[str, str]] = Counter()
         self.launches = 0
@@ -112,6 +119,8 @@ class Session:
 
         calls = sum(self.ran.values())
         lines = [f"tritongrad session: {calls} calls on Triton, {self.launches} kernels launched"]
+        if self.policy:
+            lines.append(self.policy)
         lines += [f"  {name:<24} {count:>6}" for name, count in sorted(self.ran.items())]
         arithmetic = {k: n for k, n in self.fell_back.items() if k[1] not in HARMLESS}
         harmless = sum(self.fell_back.values()) - sum(arithmetic.values())
