@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from . import cold, peers, timing, workloads
 from .phases import PHASES
 from .results import STATUSES, Log, Row, environment, read
 from .tasks import Task, crashed, remaining
-from .terminal import choose, make_console, plural
+from .terminal import add_json_option, choose, make_console, plural, write_json
 from .worker import Gone, Worker, compile_ahead, serve
 
 
@@ -252,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--budget", type=float, help="seconds after which no op is begun")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_json_option(parser)
     options = parser.parse_args(arguments)
     why = why_no_gpu()
     if why is not None:
@@ -283,10 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Gone as problem:
                 print(f"compare bench: {problem}", file=sys.stderr)
                 return 1
-    return summarise(work)
+    return summarise(work, options.json)
 
 
-def summarise(run: Run) -> int:
+def summarise(run: Run, json: Path | None = None) -> int:
     """Say what came of a run. Returns the exit status."""
     wanted = {(task.op, task.case, task.dtype) for task in run.planned}
     rows = [
@@ -294,6 +296,8 @@ def summarise(run: Run) -> int:
         for row, _ in read(run.log.path)
         if row.suite == run.suite and (row.op, row.case, row.dtype) in wanted
     ]
+    if json is not None:
+        write_json(json, [asdict(row) for row in rows])
     counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     run.console.print(f"{plural(len(rows), 'row')} in {run.log.path}: {told}")

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tritongrad.policy import slug
 
 from . import peers, plots
 from .results import DIRECTORY, Row, read_all
+from .terminal import add_json_option, write_json
 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 """The speed section of README.md stands between these."""
@@ -155,9 +156,9 @@ td:first-child, th:first-child {{ text-align: left; }}
 
 INTRODUCTION = """\
 <p>Device time: between two events on the stream, the cache overwritten before each call, inputs
-used in turns, implementations in turns; medians. Host time: until the call returns. Numbers are compared
-with torch's before anything is timed. The floor is the larger of the least bytes at a copy's rate
-and the operations at the rate of a large matrix product, both measured in the same run.</p>"""
+used in turns, implementations in turns; medians. Host time: until the call returns. Numbers are
+compared with torch's before anything is timed. The floor is the larger of the least bytes at the
+rate of a copy and the operations at that of a large matrix product, measured in the same run.</p>"""
 
 
 def page(measurements: Sequence[Measurements]) -> str:
@@ -277,8 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--table", type=Path, nargs="?", const=TABLES, metavar="DIR",
         help='write what use(policy="fastest") reads (tritongrad/tables)',
     )  # fmt: skip
+    add_json_option(parser)
     options = parser.parse_args(arguments)
     measurements = collect(read_all(options.results))
+    if options.json is not None:
+        pairs = [pair for m in measurements for pair in zip(m.rows, m.about, strict=True)]
+        write_json(options.json, [asdict(row) | about for row, about in pairs])
     file = options.check or options.write
     if file is not None:
         return _update(file, markdown(measurements), write=options.write is not None)
