@@ -158,7 +158,8 @@ INTRODUCTION = """\
 <p>Device time: between two events on the stream, the cache overwritten before each call, inputs
 used in turns, implementations in turns; medians. Host time: until the call returns. Numbers are
 compared with torch's before anything is timed. The floor is the larger of the least bytes at the
-rate of a copy and the operations at that of a large matrix product, measured in the same run.</p>"""
+rate of a copy and the operations at that of a large matrix product, measured in the same run.</p>
+"""
 
 
 def page(measurements: Sequence[Measurements]) -> str:
