@@ -238,7 +238,8 @@ def size(kept: set[tuple[int, int]]) -> int:
     return sum(nbytes for _, nbytes in kept)
 
 
-# The quotients, the difference, its sign, the hinge, which torch keeps, are never in memory.
+# The quotients, the difference, its sign, the hinge, the logarithms of probabilities, which torch
+# keeps, are never in memory.
 KEEPS_INPUTS = (
     "cosine_similarity",
     "pairwise_distance",
@@ -249,6 +250,7 @@ KEEPS_INPUTS = (
     "hinge_embedding_loss",
     "margin_ranking_loss",
     "triplet_margin_loss",
+    "cross_entropy",
 )
 
 # A bool for each row: where its norm was raised to eps.

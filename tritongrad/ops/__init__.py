@@ -11,6 +11,7 @@ import torch
 from . import activation as activation
 from . import addition as addition
 from . import arithmetic as arithmetic
+from . import classification as classification
 from . import distance as distance
 from . import einsum as einsum
 from . import elementary as elementary
