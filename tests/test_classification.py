@@ -1,0 +1,195 @@
+"""Losses of classes: how other libraries' go wrong, one row each, beside native torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scenarios import launches
+from support import DEVICE, assert_same
+from torch import Tensor
+
+import tritongrad
+from tritongrad.op import OPS
+from tritongrad.sampling import Random
+
+Loss = Callable[..., Tensor]
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return Random(dtype, DEVICE)(*shape)
+
+
+def labels(rows: int, classes: int) -> Tensor:
+    return torch.arange(rows, device=DEVICE).mul(7).remainder(classes)
+
+
+def with_gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    found = loss(x)
+    return found, torch.autograd.grad(found, x, torch.ones_like(found))[0]
+
+
+def non_contiguous(ce: Loss) -> Any:
+    x = logits(10, 6)
+    return [
+        with_gradient(lambda x, view=view: ce(view(x), labels(*view(x).shape)), x)
+        for view in (lambda x: x[::2], lambda x: x[:, 1::2], lambda x: x.t(), lambda x: x[:, 1:])
+    ]
+
+
+def reused(ce: Loss) -> Any:
+    """The logits are what they were, after the loss and after its gradient."""
+    x = logits(4, 5)
+    y = x * 2
+    loss = ce(y, labels(4, 5))
+    before = y.clone()
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    return loss, gradient, y - before, torch.autograd.grad(y.square().sum() + loss, x)
+
+
+def with_another_term(ce: Loss) -> Any:
+    return with_gradient(lambda x: ce(x, labels(4, 5)) + 0.1 * (x**2).sum(), logits(4, 5))
+
+
+def scaled_and_again(ce: Loss) -> Any:
+    x = logits(4, 5)
+    loss = ce(x, labels(4, 5))
+    first = torch.autograd.grad(loss * 3, x, retain_graph=True)
+    return first, torch.autograd.grad(loss / 7, x, retain_graph=True), torch.autograd.grad(loss, x)
+
+
+def uneven_upstream(ce: Loss) -> Any:
+    x = logits(6, 5)
+    loss = ce(x, labels(6, 5), reduction="none")
+    upstream = torch.arange(12.0, device=DEVICE, dtype=x.dtype)[::2]
+    return torch.autograd.grad(loss, x, upstream)
+
+
+def tail_rows(ce: Loss) -> Any:
+    return with_gradient(lambda x: ce(x, labels(3001, 5), ignore_index=3), logits(3001, 5))
+
+
+def many_classes(ce: Loss) -> Any:
+    target = torch.tensor([0, 65536], device=DEVICE)
+    return with_gradient(lambda x: ce(x, target), logits(2, 65537))
+
+
+def far_from_zero(ce: Loss) -> Any:
+    """float32 keeps its digits where all logits are large."""
+    x = logits(2, 16500, dtype=torch.float32) + 4096
+    return with_gradient(lambda x: ce(x, labels(2, 9)), x)
+
+
+def all_ignored(ce: Loss) -> Any:
+    target = torch.full((3,), -100, device=DEVICE)
+    return [
+        with_gradient(partial(ce, target=target, reduction=how), logits(3, 5))
+        for how in ("mean", "sum", "none")
+    ]
+
+
+def infinite_logits(ce: Loss) -> Any:
+    inf = float("inf")
+    x = torch.tensor([[-inf, 0.0, 1.0], [-inf] * 3, [inf, 0.0, 1.0]], dtype=torch.float64)
+    return with_gradient(lambda x: ce(x, labels(3, 3), reduction="none"), x.to(DEVICE))
+
+
+def classes_not_last(ce: Loss) -> Any:
+    x, target = logits(2, 3, 40, 2), labels(160, 3).view(2, 40, 2)
+    return [
+        with_gradient(lambda x, layout=layout: ce(layout(x), target), x)
+        for layout in (
+            lambda x: x,
+            lambda x: x.contiguous(memory_format=torch.channels_last),
+            lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        )
+    ]
+
+
+FAILURES = (
+    non_contiguous, reused, with_another_term, scaled_and_again, uneven_upstream, tail_rows,
+    many_classes, far_from_zero, all_ignored, infinite_logits, classes_not_last,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scenario", FAILURES, ids=lambda s: s.__name__)
+def test_cross_entropy(scenario: Callable[[Loss], Any]) -> None:
+    assert_same(scenario(OPS["cross_entropy"]), scenario(F.cross_entropy))
+
+
+REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...]]] = {
+    "label too large": (IndexError, "Target 5 is out of bounds", (torch.tensor([0, 5, 1]),)),
+    "label negative": (IndexError, "Target -1 is out of bounds", (torch.tensor([0, -1, 1]),)),
+    "too few labels": (ValueError, "batch_size", (torch.tensor([0, 1]),)),
+    "short weight": (RuntimeError, "all 5 classes", (torch.tensor([0, 1, 2]), torch.ones(4))),
+    "float labels": (RuntimeError, "target dtype", (torch.tensor([0.0, 1.0, 2.0]),)),
+    "int32 labels": (RuntimeError, "target dtype", (torch.tensor([0, 1, 2]).int(),)),
+}
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_as_torch_refuses(case: str, name: str) -> None:
+    error, message, rest = REFUSED[case]
+    rest = tuple([t.to(DEVICE) for t in rest])
+    if error is IndexError and DEVICE.type == "cuda":
+        pytest.skip("torch's kernel traps there, and the process with it")
+    x = logits(3, 5, dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        OPS[name](x, *rest)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_labels_are_looked_at_in_each_call(name: str) -> None:
+    """A call of the same shapes is recognised, but not by what its labels were."""
+    x, target = logits(3, 5), labels(3, 5)
+    OPS[name](x, target)
+    OPS[name](x, target)
+    target[1] = 5
+    if DEVICE.type == "cpu":
+        with pytest.raises(IndexError, match="Target 5 is out of bounds"):
+            OPS[name](x, target)
+    target[1] = -100
+    assert_same(OPS[name](x, target), OPS[name].replaces[0](x, target))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("label", [5, -1, 2**40])
+def test_a_label_that_is_no_class_is_no_address(name: str, label: int) -> None:
+    """What a GPU computes, where nobody waits for the labels: NaN in the loss and its gradient."""
+    op, x, target = OPS[name], logits(3, 5), labels(3, 5)
+    for how in ("mean", "sum", "none"):
+        (_, _, weight), params = op.bind(x, target, reduction=how)
+        spoiled = target.clone()
+        spoiled[1] = label
+        loss = op.recorded(params, x, spoiled, weight)
+        loss = loss[0] if type(loss) is tuple else loss
+        assert (loss.isnan() if how != "none" else loss[1].isnan()).all()
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        assert gradient[1].isnan().all()
+
+
+def test_one_reading_of_the_logits_in_each_direction() -> None:
+    x = logits(3, 5)
+    loss, forward = launches(lambda: OPS["cross_entropy"](x, labels(3, 5), reduction="none"))
+    _, backward = launches(lambda: torch.autograd.grad(loss.sum(), x))
+    assert (forward, backward) == (1, 1)
+
+
+def test_half_precision_is_not_copied_under_autocast() -> None:
+    """The result is float32, the gradient of the logits in their own dtype, from the same bits."""
+    x, target = logits(4, 5).detach().bfloat16().requires_grad_(), labels(4, 5)
+    with torch.autocast(DEVICE.type, torch.bfloat16), tritongrad.use() as session:
+        loss = F.cross_entropy(x, target)
+    assert dict(session.ran) == {"cross_entropy": 1}
+    assert not session.fell_back
+    wide = x.detach().float().requires_grad_()
+    expected = F.cross_entropy(wide, target)
+    assert_same(loss, expected)
+    (gradient,), (wide,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, wide)
+    assert_same(gradient, wide.bfloat16())
