@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritongrad.op import Op
+from tritongrad.dispatch import bypass
+from tritongrad.op import TARGETS, Bind, Op, Unsupported
 from tritongrad.sampling import Random, Sample, clone, tensors
 
 from .measure import DEVICE, Derivation, Errors, calling, compare, leaves
@@ -30,14 +31,51 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
 """torch function -> what is compared with in its place: the same, composed of other functions."""
 
 
+def seeded(op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, if ``op`` is random with the same numbers in each call."""
+    if not op.random:
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _own_numbers(op: Op, function: Callable[..., Any], bind: Bind) -> Callable[..., Any]:
+    """The definition of a random op in torch mathematics, of the numbers that the op draws; where
+    it takes no call, torch's function."""
+
+    def native(*args: Any, **kwargs: Any) -> Any:
+        with bypass():
+            try:
+                tensors, params = bind(*args, **kwargs)
+            except (Unsupported, TypeError):
+                return function(*args, **kwargs)
+            assert op.reference is not None
+            (result,) = op.reference(params, *tensors)
+            return result
+
+    return native
+
+
+STAND_INS |= {
+    function: _own_numbers(op, function, bind)
+    for function, (op, bind) in TARGETS.items()
+    if op.random
+}
+
+
 def check(op: Op, sample: Sample, dtype: torch.dtype) -> Errors:
     """Run ``sample``, made in ``dtype``, on ``op`` through ``use()``, and on torch.
 
     Compared are the value and, for a differentiable op, gradient, gradient of the gradient and
     forward mode.
     """
-    torch_function = op.replaces[0]
-    native = STAND_INS.get(torch_function, torch_function)
+    torch_function = seeded(op, op.replaces[0])
+    native = seeded(op, STAND_INS.get(op.replaces[0], op.replaces[0]))
     exact = None
     if dtype != torch.float64:
         wide = in_float64(sample)

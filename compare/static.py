@@ -45,6 +45,7 @@ VECTORISED: dict[str, Vector] = {
     "pointwise_strided": Vector(
         "a broadcast bias must not make the large operand slow", broadcasts=True
     ),
+    "dropout_dense": Vector("its random numbers take no longer than the memory, if that is wide"),
     "rowwise": Vector("it reads and writes every element once, and does little else"),
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
 import tritongrad
-from tritongrad.compare.parity import STAND_INS
+from tritongrad.compare.parity import STAND_INS, seeded
 from tritongrad.dispatch import torch_name
 from tritongrad.op import OPS, Op
 from tritongrad.ops import criterion
@@ -162,7 +162,8 @@ class Call:
     Attributes:
         op: the op that takes the call.
         sample: the arguments.
-        func: the torch callable, by default the op's first.
+        func: the torch callable, by default the op's first; if it is random, each call of it made
+            here draws the same numbers.
         native: what runs on torch, ``func`` or its equal.
         inputs: leaves that require a gradient, with the values and strides of the sample's.
     """
@@ -171,6 +172,7 @@ class Call:
         self.op = op
         self.func = func or op.replaces[0]
         self.native = STAND_INS.get(self.func, self.func)
+        self._func, self._native = seeded(op, self.func), seeded(op, self.native)
         self.sample = sample
         # A dictionary, because a tensor may be two arguments of one call.
         originals = {id(t): t for t in tensors(sample) if t.requires_grad}
@@ -203,18 +205,18 @@ class Call:
     def torch(self, *inputs: Tensor) -> Any:
         """The call on native torch."""
         args, kwargs = self.arguments(inputs)
-        return self.native(*args, **kwargs)
+        return self._native(*args, **kwargs)
 
     def original(self, *inputs: Tensor) -> Any:
-        """The call on native torch, of ``func`` itself."""
+        """The call of ``func`` itself: on native torch, unless ``use()`` is open around it."""
         args, kwargs = self.arguments(inputs)
-        return self.func(*args, **kwargs)
+        return self._func(*args, **kwargs)
 
     def triton(self, *inputs: Tensor) -> Any:
         """The same call of torch's function, rerouted; fails if it did not run on the op."""
         args, kwargs = self.arguments(inputs)
         with tritongrad.use() as session:
-            result = self.func(*args, **kwargs)
+            result = self._func(*args, **kwargs)
         assert session.ran[self.op.name], f"on torch: {dict(session.fell_back)}"
         return result
 
@@ -356,7 +358,12 @@ DIFFERENTIABLE = names(op for op in OPS.values() if op.differentiable)
 
 def _mechanism(op: Op) -> Any:
     """What serves an op. A pointwise one, and a loss that is one, shares it with those that differ
-    from it in their device functions alone: as many operands and numbers, as many saved."""
+    from it in their device functions alone: as many operands and numbers, as many saved. Those of
+    one backward op share it, too."""
+    if op.backward is not None and any(
+        other.backward is op.backward and other is not op for other in OPS.values()
+    ):
+        return op.backward
     pointwise = all(kernel.startswith("pointwise") for kernel in op.kernels)
     if not op.kernels or not (pointwise or op.forward is criterion.evaluate):
         return op.name

@@ -21,11 +21,14 @@ from support import ALL, Call, assert_same, calls, flatten
 from torch import Tensor
 
 import tritongrad
+from tritongrad.compare.parity import STAND_INS, seeded
 from tritongrad.dispatch import describe
 from tritongrad.op import OPS, OVERLOADS, TARGETS, Bind
 from tritongrad.sampling import Sample, clone, tensors
 
 pytestmark = [
+    # torch's, of ranks that it will refuse.
+    pytest.mark.filterwarnings("ignore:dropout.d. Received a:UserWarning"),
     # torch's, of a variance of fewer elements than it corrects for.
     pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0:UserWarning"),
     # torch's, of the two options that reduction has replaced.
@@ -115,7 +118,8 @@ def is_mixed(sample: Sample) -> bool:
 def check(name: str, spoiled: Spoiled) -> bool:
     """The op, called itself and by torch's name under ``use()``, does what torch does. Returns
     whether that is to refuse."""
-    func, bind = OPS[name].replaces[0], bind_of(name)
+    op, func, bind = OPS[name], OPS[name].replaces[0], bind_of(name)
+    native = seeded(op, STAND_INS[func]) if op.random else func
     _, _, sample = spoiled
 
     def on_copies(function: Callable[..., Any]) -> Callable[[], Any]:
@@ -123,9 +127,9 @@ def check(name: str, spoiled: Spoiled) -> bool:
         return lambda: outcome(lambda: function(*args, **kwargs))
 
     what = f"{name}({describe(bind, sample.args, sample.kwargs)})"
-    expected = MIXED if is_mixed(sample) else on_copies(func)()
-    direct, launched = launches(on_copies(OPS[name]))
-    rerouted_call = on_copies(func)
+    expected = MIXED if is_mixed(sample) else on_copies(native)()
+    direct, launched = launches(on_copies(seeded(op, op)))
+    rerouted_call = on_copies(seeded(op, func))
     with tritongrad.use() as session:
         rerouted = rerouted_call()
     if not isinstance(expected, Exception):

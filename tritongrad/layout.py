@@ -99,6 +99,11 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> Strides:
     return tuple(strides)
 
 
+def row_major(shape: Sequence[int]) -> Strides:
+    """Strides of a contiguous tensor."""
+    return dense_strides(shape, range(len(shape) - 1, -1, -1))
+
+
 def collapse(
     shape: Sequence[int], strides: Sequence[Strides], order: Sequence[int]
 ) -> tuple[list[int], list[list[int]]]:

@@ -14,8 +14,9 @@ layer_norm             ``forward`` returns (y, mean, rstd), ``outputs=1``: what 
                        outputs is for ``backward`` alone and has no derivative; ``rule`` computes
                        them again from x, so its own derivative is the whole one
 cross_entropy          an integer input is a tensor that never needs a gradient
-dropout                ``bind`` draws seed and offset into ``params``, so that every order and
-                       every recomputation sees the same mask; ``vmap`` decides on randomness
+dropout                ``bind`` draws a seed, a tensor that none of the arguments is, so that each
+                       call is read anew, every order sees the same mask, and what ``torch.vmap``
+                       does with a batched one is the op's rule for ``randomness``
 fused linear loss      ``forward`` returns (loss, dx, dw), the gradients past ``outputs``;
                        ``backward`` scales them
 attention              ``backward`` is an Op that has a ``backward`` of its own, and ``jvp`` calls
@@ -95,6 +96,8 @@ class Op:
             was told), compared before an earlier reading is used again; a new object each time
             where none may be (random numbers, tests of values). None: nothing, but for the default
             dtype, which integers are converted to.
+        random: whether it draws random numbers, in ``bind``. torch's of the same seed are others:
+            parity is measured against its ``reference``, evaluated of its own numbers.
         shares: those that it shares with other ops, which take other overloads of them.
         outputs: number of public outputs, of which those that are not floating-point have no
             derivative; whatever ``forward`` returns beyond them is kept for ``backward`` only.
@@ -142,6 +145,7 @@ class Op:
     variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
     overloads: tuple[Bind, ...] = ()
     ambient: Callable[[], Any] | None = None
+    random: bool = False
     shares: tuple[Callable[..., Any], ...] = ()
     outputs: int = 1
     returns: Callable[[tuple[Any, ...]], Any] | None = None

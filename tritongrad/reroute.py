@@ -24,7 +24,9 @@ MOVES = "moves data, no arithmetic"
 CREATES = "creates a tensor"
 NO_FLOATS = "result is not floating-point"
 
-HARMLESS = frozenset((MOVES, CREATES, NO_FLOATS))
+UNCHANGED = "its result is its input"
+
+HARMLESS = frozenset((MOVES, CREATES, NO_FLOATS, UNCHANGED))
 """Reasons of calls that no differentiable kernel could have taken."""
 
 _MOVING = frozenset(  # a paragraph reads better than a hundred quoted words

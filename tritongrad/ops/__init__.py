@@ -13,6 +13,7 @@ from . import addition as addition
 from . import arithmetic as arithmetic
 from . import classification as classification
 from . import distance as distance
+from . import dropout as dropout
 from . import einsum as einsum
 from . import elementary as elementary
 from . import extremum as extremum
