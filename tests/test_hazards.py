@@ -251,6 +251,7 @@ KEEPS_INPUTS = (
     "margin_ranking_loss",
     "triplet_margin_loss",
     "cross_entropy",
+    "rope",  # of which torch keeps two views
 )
 
 # A bool for each row: where its norm was raised to eps.

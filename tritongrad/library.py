@@ -20,7 +20,8 @@ from . import runtime
 from .op import Op, Spec, Unsupported
 
 NAMESPACE = "tritongrad"
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_INDICES = (torch.int32, torch.int64)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -45,12 +46,14 @@ def _eligible(args: tuple, kwargs: dict[str, Any]) -> bool:
     if _transforming():
         return False
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    return all(
-        t.dtype in _FLOATING
-        and t.dtype == tensors[0].dtype
-        and t.device.type in runtime.DEVICE_TYPES
-        and not torch.is_autocast_enabled(t.device.type)
-        for t in tensors
+    dtypes = {t.dtype for t in tensors if t.dtype not in _INDICES}
+    return (
+        len(dtypes) <= 1
+        and dtypes <= _FLOATING
+        and all(
+            t.device.type in runtime.DEVICE_TYPES and not torch.is_autocast_enabled(t.device.type)
+            for t in tensors
+        )
     )
 
 

@@ -23,6 +23,7 @@ from . import loss as loss
 from . import margin as margin
 from . import matmul as matmul
 from . import moments as moments
+from . import rope as rope
 from . import row_loss as row_loss
 from . import scan as scan
 from . import selection as selection
