@@ -124,12 +124,12 @@ def rope_fwd(
     if j_tile == 0:
         for start in range(2 * pairs, features, BLOCK_J):
             f = start + tl.arange(0, BLOCK_J).to(j.dtype)
-            mask = in_rows & (f < features)[None, None, :]
+            in_rest = in_rows & (f < features)[None, None, :]
             if COPY:
-                copied = tl.load(x_rows + (f * x_strides[3])[None, None, :], mask=mask)
+                copied = tl.load(x_rows + (f * x_strides[3])[None, None, :], mask=in_rest)
             else:
-                copied = tl.zeros(mask.shape, x_ptr.dtype.element_ty)
-            tl.store(out_rows + (f * out_strides[3])[None, None, :], copied, mask=mask)
+                copied = tl.zeros(in_rest.shape, x_ptr.dtype.element_ty)
+            tl.store(out_rows + (f * out_strides[3])[None, None, :], copied, mask=in_rest)
 
 
 @triton.jit
