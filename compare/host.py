@@ -27,6 +27,8 @@ from tritongrad import runtime, use
 from tritongrad.op import OPS, Op
 from tritongrad.sampling import Random, Sample, tensors
 
+from .launching import Launch
+from .launching import measure as measure_launches
 from .measure import DEVICE
 from .terminal import add_json_option, choose, make_console, plural, tracked, write_json
 
@@ -246,11 +248,26 @@ def _cell(timing: Timing | None) -> str:
     return f"[red]{text}[/]" if timing.exceeds else text
 
 
+def present_launches(launches: Sequence[Launch], console: Console) -> None:
+    """Print what a launch of each kernel costs by itself."""
+    table = Table(title="host microseconds a launch, without the driver's own")
+    table.add_column("kernel")
+    for heading in ("Triton", "tritongrad", "ratio"):
+        table.add_column(heading, justify="right")
+    for launch in launches:
+        ratio = launch.ours / launch.triton
+        table.add_row(launch.kernel, f"{launch.triton:.1f}", f"{launch.ours:.1f}", f"{ratio:.2f}")
+    console.print(table)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 0: a time depends on the machine, so none is a failure."""
     parser = argparse.ArgumentParser(prog="compare host", description=__doc__)
     parser.add_argument("--only", action="append", metavar="OP", help="an op")
     parser.add_argument("--repeats", type=int, default=51, help="measurements of each (51)")
+    parser.add_argument(
+        "--launch", action="store_true", help="also what launches cost, compiled for an H100"
+    )
     add_json_option(parser)
     options = parser.parse_args(arguments)
     names = choose(parser, options.only, OPS)
@@ -262,6 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     timings = [timing for timing in found if timing is not None]
     present(timings, console)
+    rows = [asdict(t) | {"exceeds": t.exceeds} for t in timings]
+    if options.launch:
+        launches = measure_launches(names)
+        present_launches(launches, console)
+        rows += [asdict(launch) for launch in launches]
     if options.json is not None:
-        write_json(options.json, [asdict(t) | {"exceeds": t.exceeds} for t in timings])
+        write_json(options.json, rows)
     return 0

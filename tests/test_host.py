@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tritongrad.compare import host
+from tritongrad.compare import host, launching
 from tritongrad.compare.__main__ import main
 from tritongrad.op import OPS, Op
 
@@ -59,9 +59,21 @@ def test_host_table(
 
     monkeypatch.setattr(host, "measure", timed)
     file = tmp_path / "host.json"
-    assert main(["host", "--only", "mul", "--json", str(file)]) == 0
+    launch = host.Launch("pointwise_dense", 30.0, 6.0)
+    monkeypatch.setattr(host, "measure_launches", lambda ops: [launch] if ops == ["mul"] else [])
+    assert main(["host", "--only", "mul", "--launch", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert "over 2× with gradient: mul 3.00×" in out
     assert "1 timing, 1 over the limit" in out
-    (row,) = json.loads(file.read_text())
+    assert "pointwise_dense │   30.0 │        6.0 │  0.20" in out
+    row, last = json.loads(file.read_text())
     assert (row["op"], row["path"], row["exceeds"]) == ("mul", "gradient", True)
+    assert last == {"kernel": "pointwise_dense", "triton": 30.0, "ours": 6.0}
+
+
+def test_launches_are_timed_where_there_is_no_gpu() -> None:
+    (found,) = launching.measure(["mul"])
+    assert found.kernel == "pointwise_dense"
+    assert min(found.triton, found.ours) > 0
+    with pytest.raises(RuntimeError, match="KeyError"):
+        launching.measure(["no such op"])

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from . import relaunch
+
 
 class EnvironmentProblem(ImportError):
     """The environment cannot run Triton kernels; the message says how to mend it."""
@@ -154,13 +156,13 @@ _single_device = INTERPRETED or torch.cuda.device_count() <= 1
 
 
 def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """Run one kernel: the only line of tritongrad that starts device work."""
+    """Run one kernel on the current device: all device work of tritongrad starts here."""
     if INTERPRETED:
         # NumPy warns of the infinities and NaNs that a GPU computes in silence.
         with _interpreter_lock, numpy.errstate(all="ignore"):
             kernel[grid](*args, **meta)
     else:
-        kernel[grid](*args, **meta)
+        relaunch.run(kernel, grid, args, meta)
 
 
 def launch(

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import runtime
 from ..admission import admit
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
 from ..layout import broadcasts
 from ..op import Bind, Tensors, Unsupported
-from ..runtime import DEVICE_TYPES
 
 key_set = torch._C._dispatch_keys
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -92,7 +92,7 @@ def read_operands(
             scalars.append(value)
         else:
             raise Unsupported(f"{name} is a {type(value).__name__}")
-    if device is not None and device.type not in DEVICE_TYPES:
+    if device is not None and device.type not in runtime.DEVICE_TYPES:
         raise Unsupported(f"{device.type} tensor")
     for i, t in enumerate(operands):
         if t is None or t.device == device:
@@ -129,7 +129,7 @@ def params_of(
 
 def admit_or_scalar(value: Tensor) -> None:
     """``admit``, but for the 0-dim CPU tensors that torch takes beside tensors of a GPU."""
-    foreign = value.device.type == "cpu" and "cpu" not in DEVICE_TYPES
+    foreign = value.device.type == "cpu" and "cpu" not in runtime.DEVICE_TYPES
     if not (foreign and value.dim() == 0 and type(value) is Tensor and not _is_wrapped(value)):
         admit(value)
     elif value.is_complex():
