@@ -232,7 +232,8 @@ class _Phase:
         try:
             call = Points(self._native, self.samples[:1]).prepare(self.about.phase)
             expected = call(0)
-            self.random = difference(call(0), expected, LIMITS[self.dtype]) is not None
+            again = difference(call(0), expected, LIMITS[self.dtype])
+            self.random = self.op.random or again is not None
         except (Nothing, NotImplementedError):
             return None
         except RuntimeError as problem:

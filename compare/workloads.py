@@ -167,6 +167,10 @@ def recipe(op: Op) -> Recipe:
             continue
         if "dtype" in sample.kwargs or max(t.dim() for t in given) == 0:
             continue
+        if op.random and torch.equal(
+            *(op.replaces[0](*sample.args, **sample.kwargs) for _ in "ab")
+        ):
+            continue  # all or nothing is dropped
         for numbers in (False, True):
             candidate = _recipe_of(op, sample, index, numbers)
             try:
@@ -178,18 +182,24 @@ def recipe(op: Op) -> Recipe:
             else:
                 found.append(candidate)
                 break
-        # Not a product with a vector where there is one of matrices.
-        flat = min(t.dim() for t in given) < 2
-        if found and found[-1].rank >= 2 and not (flat and "gemm" in op.kernels):
+        # Not a product with a vector where there is one of matrices, nor sizes that stay one.
+        flat = min(t.dim() for t in given) < 2 and "gemm" in op.kernels
+        thin = 1 in _reference(given).shape
+        if found and found[-1].index == index and found[-1].rank >= 2 and not (flat or thin):
             return found[-1]
     if not found:
         raise Unscalable(reasons[0] if reasons else "none of its samples is dense and not empty")
     return found[0]
 
 
+def _reference(given: Sequence[Tensor]) -> Tensor:
+    """The tensor whose dimensions are the roles."""
+    return max(given, key=lambda t: (t.dim(), t.numel()))
+
+
 def _recipe_of(op: Op, sample: Sample, index: int, numbers: bool) -> Recipe:
     given = tensors(sample)
-    reference = max(given, key=lambda t: (t.dim(), t.numel()))
+    reference = _reference(given)
     rank = reference.dim()
     # Where a tensor has the same size twice, its place decides, wherever it is met.
     twice = {n for t in given for n in t.shape if list(t.shape).count(n) > 1}
