@@ -54,6 +54,13 @@ transforming = torch._C._are_functorch_transforms_active
 """Whether a call is made inside a transform of torch.func."""
 
 
+def memory(tensor: Tensor) -> Tensor:
+    """What is under the wrappers that transforms put around a tensor."""
+    while _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+    return tensor
+
+
 def admit(tensor: Tensor) -> None:
     """Raise Unsupported, with the reason, for a tensor that our kernels cannot take."""
     if type(tensor) in PLAIN_TYPES and _keys(tensor).raw_repr() in PLAIN_KEY_SETS:
@@ -62,8 +69,7 @@ def admit(tensor: Tensor) -> None:
         raise Unsupported(f"a {type(tensor).__name__} in a tensor's place")
     if _is_wrapped(tensor) and not transforming():
         raise Unsupported("tensor of a transform that has ended")
-    while _is_wrapped(tensor):
-        tensor = _unwrapped(tensor)
+    tensor = memory(tensor)
     if is_plain(tensor):
         return
     if type(tensor) not in PLAIN_TYPES:
@@ -82,14 +88,7 @@ def launchable(tensors: Tensors) -> bool:
     operators, nor with anything but memory under its wrappers (zeros of forward mode)."""
     if _dispatch_modes() or _is_tracing():
         return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        while _is_wrapped(tensor):
-            tensor = _unwrapped(tensor)
-        if not is_plain(tensor):
-            return False
-    return True
+    return all(tensor is None or is_plain(memory(tensor)) for tensor in tensors)
 
 
 def settle(tensor: Tensor) -> Tensor:

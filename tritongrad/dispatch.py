@@ -124,7 +124,9 @@ def fall_back(
 
 
 # What torch raises for arguments that it does not take.
-REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
+REFUSALS = (
+    RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError, AssertionError,
+)  # fmt: skip
 
 
 def refuse_mixed(args: tuple, kwargs: dict[str, Any]) -> None:

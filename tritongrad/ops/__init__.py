@@ -16,6 +16,7 @@ from . import distance as distance
 from . import dropout as dropout
 from . import einsum as einsum
 from . import elementary as elementary
+from . import embedding as embedding
 from . import extremum as extremum
 from . import gated as gated
 from . import linear as linear
