@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from scenarios import launches
 from support import DEVICE, assert_same
 from torch import Tensor
+from torch.profiler import profile
 
 import tritongrad
+from tritongrad import launchers, runtime
 from tritongrad.op import OPS
 from tritongrad.sampling import Random
 
@@ -193,3 +195,109 @@ def test_half_precision_is_not_copied_under_autocast() -> None:
     assert_same(loss, expected)
     (gradient,), (wide,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, wide)
     assert_same(gradient, wide.bfloat16())
+
+
+# ------------------------------------------------------------------------- linear_cross_entropy
+
+
+def linear_loss(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight, bias), target)
+
+
+def fused_loss(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    return OPS["linear_cross_entropy"](x, weight, target, linear_bias=bias)
+
+
+def in_pieces(loss: Loss) -> Any:
+    """Of several sizes, the last of them a tail."""
+    x, weight, bias = logits(5, 3), logits(700, 3), logits(700)
+    found = loss(x, weight, labels(5, 700), bias)
+    return found, torch.autograd.grad(found, (x, weight, bias))
+
+
+def all_gradients_present(loss: Loss) -> Any:
+    x, weight, bias = (t.requires_grad_() for t in (logits(4, 3), logits(9, 3), logits(9)))
+    loss(x, weight, labels(4, 9), bias).backward()
+    return x.grad, weight.grad, bias.grad
+
+
+def one_gradient_at_a_time(loss: Loss) -> Any:
+    inputs = [logits(4, 3), logits(9, 3), logits(9)]
+    found = []
+    for i in range(3):
+        x, weight, bias = (t.detach().requires_grad_(i == j) for j, t in enumerate(inputs))
+        found += torch.autograd.grad(loss(x, weight, labels(4, 9), bias), (x, weight, bias)[i])
+    return found
+
+
+def scaled_and_again_from_features(loss: Loss) -> Any:
+    """Gradients that were made forward would be scaled twice."""
+    x, weight = logits(4, 3), logits(700, 3)
+    found = loss(x, weight, labels(4, 700))
+    first = torch.autograd.grad(found * 3, (x, weight), retain_graph=True)
+    return first, torch.autograd.grad(found / 7, (x, weight))
+
+
+def strided_factors(loss: Loss) -> Any:
+    x, weight = logits(3, 8), logits(3, 9)
+    return torch.autograd.grad(loss(x.t()[::2], weight.t(), labels(4, 9)), (x, weight))
+
+
+def ignored_features(loss: Loss) -> Any:
+    x, weight = logits(3, 2), logits(5, 2)
+    found = loss(x, weight, torch.full((3,), -100, device=DEVICE))
+    return found, torch.autograd.grad(found, (x, weight))
+
+
+@pytest.mark.skipif(
+    "linear_cross_entropy" not in OPS, reason="torch has no linear_cross_entropy before 2.13"
+)
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        in_pieces, all_gradients_present, one_gradient_at_a_time, scaled_and_again_from_features,
+        strided_factors, ignored_features,
+    ],
+    ids=lambda s: s.__name__,
+)  # fmt: skip
+def test_linear_cross_entropy(scenario: Callable[[Loss], Any]) -> None:
+    assert_same(scenario(fused_loss), scenario(linear_loss))
+
+
+def peak_bytes(loss: Loss, rows: int, features: int, classes: int) -> tuple[int, int]:
+    """The most that is allocated at a time in a forward and backward pass of our launchers, and how
+    much of it gradients are. Nothing is computed, and most of it never touched."""
+    x = torch.empty(rows, features, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    weight = torch.empty(classes, features, dtype=x.dtype, device=DEVICE, requires_grad=True)
+    target = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    torch.use_deterministic_algorithms(False)  # or fresh memory would be filled
+    with runtime.stub(), tritongrad.use(), profile(profile_memory=True) as watched:
+        loss(x, weight, target).backward()
+    events = watched.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    most = now = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    assert x.grad is not None
+    assert weight.grad is not None
+    return most, x.grad.nbytes + weight.grad.nbytes
+
+
+@pytest.mark.skipif(
+    "linear_cross_entropy" not in OPS, reason="torch has no linear_cross_entropy before 2.13"
+)
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the sizes of pieces are set for a CPU here")
+@pytest.mark.parametrize(
+    ("rows", "features", "classes"), [(512, 64, 8192), (4096, 4096, 128256)], ids=["small", "large"]
+)
+def test_peak_memory(
+    rows: int, features: int, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the gradients, which both have to make: less than 0.15 of what the pair takes."""
+    scratch = 2**23 if rows == 4096 else 2**15  # a GPU's, and in proportion
+    monkeypatch.setattr(launchers.linear_loss, "SCRATCH", scratch)
+    fused, results = peak_bytes(fused_loss, rows, features, classes)
+    pair, _ = peak_bytes(linear_loss, rows, features, classes)
+    assert pair > rows * classes * 2
+    assert fused - results < 0.15 * (pair - results), (fused, pair, results)

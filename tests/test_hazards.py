@@ -252,6 +252,7 @@ KEEPS_INPUTS = (
     "triplet_margin_loss",
     "cross_entropy",
     "rope",  # of which torch keeps two views
+    "linear_cross_entropy",
 )
 
 # A bool for each row: where its norm was raised to eps.

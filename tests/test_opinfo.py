@@ -134,6 +134,13 @@ def test_derivatives_equal_torchs(name: str, entry: str, dtype: torch.dtype) -> 
         )
 
 
+ROUNDED_BETWEEN = {
+    "linear_cross_entropy": "the gradient of the logits is rounded, as torch's is, before products "
+    "in which its elements cancel: it is the tensor's largest element that errors are relative to",
+}
+"""Ops that are several of torch's -> what is rounded between those."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(("name", "entry"), ENTRIES)
 def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype) -> None:
@@ -144,6 +151,8 @@ def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype
         check = partial(assert_as_accurate, what=repr(call))
         check(ours.value, theirs.value, exact.value)
         gradient, tangents = terms(wide.torch, wide.inputs, dtype)
+        if name in ROUNDED_BETWEEN:
+            gradient = [t.amax().expand_as(t) if t.numel() else t for t in gradient]
         check(ours.gradient, theirs.gradient, exact.gradient, scale=gradient)
         if (entry, dtype) not in NO_TANGENT:
             check(ours.tangents, theirs.tangents, exact.tangents, scale=tangents)

@@ -251,3 +251,13 @@ def run(plan: Plan, a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor
     if plan.grid is not None:
         launch_prepared(k.gemm, plan.grid, (out, a, b, added, *plan.geometry), out, plan.meta)
     return out
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None) -> None:
+    """Write ``a @ b + added``, of matrices, into ``out``, which is dense, of any dtype, and may be
+    what is added: each program reads its tile before it writes it."""
+    addend = None if added is None else Addend(added.shape, added.stride())
+    found = plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision(), 1, addend)
+    if found.grid is not None:
+        args = (out, a, b, added, *found.geometry)
+        launch_prepared(k.gemm, found.grid, args, out, found.meta)
