@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarios import launches
-from support import DEVICE, assert_same
+from support import DEVICE, assert_same, derivatives
 from torch import Tensor
 from torch.profiler import profile
 
 import tritongrad
 from tritongrad import launchers, runtime
+from tritongrad.extension import EXTENSIONS
 from tritongrad.op import OPS
 from tritongrad.sampling import Random
 
@@ -195,6 +196,109 @@ def test_half_precision_is_not_copied_under_autocast() -> None:
     assert_same(loss, expected)
     (gradient,), (wide,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, wide)
     assert_same(gradient, wide.bfloat16())
+
+
+# --------------------------------------------------------------- options that torch has not
+
+ours: Loss = tritongrad.nn.functional.cross_entropy
+defined: Loss = EXTENSIONS["cross_entropy"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["labels", "weighted labels", "probabilities"])
+def test_z_loss(kind: str, reduction: str) -> None:
+    """To second order and forward, by its definition in torch mathematics."""
+    target, options = labels(4, 5), {"z_loss": 0.3, "reduction": reduction, "ignore_index": 2}
+    if kind == "weighted labels":
+        options["weight"] = logits(5).detach().abs() + 0.5
+        options["label_smoothing"] = 0.1
+    elif kind == "probabilities":
+        target, options = logits(4, 5).detach().softmax(1), options | {"ignore_index": -100}
+
+    def scenario(loss: Loss) -> Any:
+        return derivatives(lambda x: loss(x, target, **options), [logits(4, 5)], torch.float64)
+
+    with tritongrad.use() as session:
+        found = scenario(ours)
+    assert session.ran["cross_entropy"] == 2
+    assert_same(found, scenario(defined))
+
+
+def test_an_option_is_not_torchs() -> None:
+    for loss in (F.cross_entropy, OPS["cross_entropy"]):
+        with pytest.raises(TypeError, match="z_loss"):
+            loss(logits(4, 5), labels(4, 5), z_loss=0.1)
+
+
+class Overwriting:
+    """Logits that are no leaf, their loss, and where they lie."""
+
+    def __init__(self) -> None:
+        self.x = logits(4, 5)
+        self.logits = self.x * 2
+        self.loss = ours(self.logits, labels(4, 5), inplace_grad=True)
+
+    def gradient(self, loss: Tensor, **options: Any) -> Tensor:
+        return torch.autograd.grad(loss, self.x, **options)[0]
+
+
+def test_gradient_in_the_memory_of_the_logits() -> None:
+    case = Overwriting()
+    expected = F.cross_entropy(case.logits, labels(4, 5))
+    (slopes,) = torch.autograd.grad(expected, case.logits, retain_graph=True)
+    assert_same(case.loss, expected)
+    found: list[Tensor] = []
+    case.logits.register_hook(found.append)
+    assert_same(case.gradient(case.loss), slopes * 2)
+    assert found[0].data_ptr() == case.logits.data_ptr()
+    assert_same(case.logits.detach(), slopes)
+
+
+def test_overwritten_logits_are_noticed() -> None:
+    case = Overwriting()
+    case.gradient(case.loss, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        case.gradient(case.loss)
+
+
+def test_another_use_of_overwritten_logits() -> None:
+    """Right where its gradient comes first, which autograd decides by what was called last, else
+    an error."""
+    expected = with_gradient(
+        lambda x: F.cross_entropy(x * 2, labels(4, 5)) + 0.1 * ((x * 2) ** 2).sum(), logits(4, 5)
+    )
+    case = Overwriting()
+    another = 0.1 * (case.logits**2).sum()
+    assert_same(case.gradient(case.loss + another), expected[1])
+    case = Overwriting()
+    another = 0.1 * (case.logits**2).sum()
+    loss = ours(case.logits, labels(4, 5), inplace_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        case.gradient(another + loss)
+
+
+def test_no_second_derivative_of_an_overwriting_gradient() -> None:
+    case = Overwriting()
+    first = case.gradient(case.loss, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"inplace_grad|modified by an inplace operation"):
+        case.gradient(first.square().sum())
+
+
+def test_logits_that_are_not_to_be_overwritten() -> None:
+    with pytest.raises(RuntimeError, match="leaf"):
+        ours(logits(4, 5), labels(4, 5), inplace_grad=True)
+    with pytest.raises(ValueError, match="share memory"):
+        ours((logits(1, 5) * 2).expand(4, 5), labels(4, 5), inplace_grad=True)
+    with pytest.raises(TypeError, match="must be a bool"):
+        ours(logits(4, 5), labels(4, 5), inplace_grad=1)
+
+
+def test_overwriting_under_transforms_does_not() -> None:
+    x = logits(4, 5).detach()
+    before = x.clone()
+    found = torch.func.grad(lambda x: ours(x, labels(4, 5), inplace_grad=True))(x)
+    assert_same(found, torch.func.grad(lambda x: F.cross_entropy(x, labels(4, 5)))(x))
+    assert torch.equal(x, before)
 
 
 # ------------------------------------------------------------------------- linear_cross_entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import tritongrad
 from tritongrad.dispatch import torch_name
-from tritongrad.extension import EXTENSIONS, extension
+from tritongrad.extension import EXTENSIONS, extended, extension
 
 
 @pytest.fixture
@@ -82,3 +83,22 @@ def test_names_are_not_taken_twice(halve: Callable[..., Tensor]) -> None:
     for function in (softmax, halved_sum):
         with pytest.raises(ValueError, match=f"{function.__name__}' already"):
             extension(function)
+
+
+def test_options_beside_torchs() -> None:
+    """Of torch's name, in our namespace: torch's parameters first, ours by keyword alone."""
+    name = "cross_entropy"
+    options = list(inspect.signature(EXTENSIONS[name]).parameters.values())
+    theirs = list(inspect.signature(getattr(torch.nn.functional, name)).parameters)
+    assert [p.name for p in options[: len(theirs)]] == theirs
+    assert all(p.kind is p.KEYWORD_ONLY for p in options[len(theirs) :])
+
+    def relu(input: Tensor, inplace: bool = False, slope: float = 0.0) -> None: ...
+
+    def selu(x: Tensor) -> None: ...
+
+    def halved_sum() -> None: ...
+
+    for function in (relu, selu, halved_sum):
+        with pytest.raises(ValueError, match=function.__name__):
+            extended(function)

@@ -8,6 +8,7 @@ modes and tensor subclasses see its calls as they see those of torch's own funct
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,29 @@ def extension(function: Callable[..., Any]) -> Callable[..., Any]:
     name = function.__name__
     if name in EXTENSIONS or hasattr(torch.nn.functional, name):
         raise ValueError(f"torch.nn.functional or an extension has a {name!r} already")
+    return _declared(function)
 
+
+def extended(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Declare what ``tritongrad.nn.functional`` has in place of torch's function of the same name:
+    with torch's parameters, and further ones by keyword alone, which torch's own does not take.
+
+    Raises:
+        ValueError: ``torch.nn.functional`` has no such function, or one of other parameters.
+    """
+    name = function.__name__
+    own = list(inspect.signature(function).parameters.values())
+    native = getattr(torch.nn.functional, name, None)
+    theirs = [] if native is None else list(inspect.signature(native).parameters)
+    further = own[len(theirs) :]
+    if not theirs or [p.name for p in own[: len(theirs)]] != theirs:
+        raise ValueError(f"torch.nn.functional has no {name!r} of these parameters")
+    if any(p.kind is not p.KEYWORD_ONLY for p in further):
+        raise ValueError(f"what torch's {name!r} does not take must be given by keyword")
+    return _declared(function)
+
+
+def _declared(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -39,5 +62,5 @@ def extension(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     call.__module__ = "tritongrad.nn.functional"
-    EXTENSIONS[name] = call
+    EXTENSIONS[function.__name__] = call
     return call

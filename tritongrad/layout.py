@@ -135,6 +135,16 @@ def reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
     return sum((n - 1) * abs(s) for n, s in zip(sizes, strides, strict=True))
 
 
+def overlaps(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements may share memory: not if each dimension steps over those within it."""
+    within = 0
+    for stride, n in sorted((abs(s), n) for n, s in zip(sizes, strides, strict=True) if n > 1):
+        if stride <= within:
+            return True
+        within += stride * (n - 1)
+    return False
+
+
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least ``n``: Triton's blocks have no other size."""
     return 1 << (n - 1).bit_length()

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..admission import admit
+from ..admission import admit, transforming
 from ..dtypes import COMPUTE_DTYPE, FLOATING
+from ..extension import extended
 from ..launchers import classification as launcher
 from ..launchers.classification import Smoothing
+from ..layout import overlaps
 from ..op import Tensors, Unsupported
 from ..runtime import INTERPRETED
 from ..sampling import Make
-from .loss_calls import REDUCTIONS, not_derived, values
+from .loss_calls import REDUCTIONS, modern, not_derived, values
+
+F = torch.nn.functional
 
 KEPT = {"cuda": "keep", "cpu": "keep"}
 """Under autocast the result is float32, and the kernels convert what they read."""
@@ -30,6 +34,7 @@ class Params(NamedTuple):
         reduction: torch's.
         number: rows of which a mean of probabilities' losses is taken.
         result: dtype of the result.
+        overwrites: whether the gradient is written into the memory of the logits.
     """
 
     call: launcher.Call
@@ -37,6 +42,7 @@ class Params(NamedTuple):
     reduction: str
     number: int
     result: torch.dtype
+    overwrites: bool = False
 
     @property
     def averaged(self) -> bool:
@@ -155,6 +161,87 @@ def check_labels(target: Tensor, classes: int, ignored: int) -> None:
     labels = values(target)
     if ((labels < 0) | (labels >= classes)).logical_and(labels != ignored).any():
         raise Unsupported("a label that is no class")
+
+
+@extended
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    inplace_grad: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy`` with two options more.
+
+    Args:
+        z_loss: what is added to the loss of each row that is not ignored, and reduced with it: so
+            many times the square of the logarithm of the sum of its exponentials.
+        inplace_grad: lets the gradient have the memory of the logits, which hold it after backward.
+            They are marked as modified then: autograd raises its error where it needs what they
+            were, in a second backward as well, and there is no second derivative. Where torch runs
+            the call, and under ``torch.func``, the gradient has memory of its own.
+
+    Raises:
+        RuntimeError: ``inplace_grad`` of logits that are a leaf.
+        ValueError: ``inplace_grad`` of logits whose elements share memory.
+    """
+    if type(inplace_grad) is not bool:
+        raise TypeError(f"inplace_grad must be a bool, not {type(inplace_grad).__name__}")
+    if not z_loss:
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if size_average is not None or reduce is not None:
+        raise ValueError("size_average and reduce are deprecated, and not taken beside z_loss")
+    losses = F.cross_entropy(
+        input, target, weight, None, ignore_index, None, "none", label_smoothing
+    )
+    further = z_loss * torch.logsumexp(input, min(input.dim() - 1, 1)).square()
+    probabilities = target.shape == input.shape
+    if not probabilities:
+        further = torch.where(target == ignore_index, 0.0, further)
+    losses = losses + further
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if probabilities:
+        return losses.sum() / losses.numel()
+    ones = torch.ones_like(target, dtype=losses.dtype)
+    weights = ones if weight is None else weight[target.clamp(0, weight.shape[0] - 1)]
+    return losses.sum() / torch.where(target == ignore_index, 0.0, weights).sum()
+
+
+def bind_extended(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    inplace_grad: bool = False,
+) -> tuple[Tensors, Params]:
+    modern(size_average, reduce)
+    if type(z_loss) not in (int, float) or type(inplace_grad) is not bool:
+        raise Unsupported("options of another type")
+    tensors, params = read(
+        input, target, weight, ignore_index, reduction, label_smoothing, float(z_loss)
+    )
+    if inplace_grad and not transforming():
+        if overlaps(input.shape, input.stride()):
+            raise ValueError("inplace_grad: elements of the logits share memory")
+        params = params._replace(overwrites=True)
+    return tensors, params
 
 
 def labels(make: Make, classes: int, *shape: int) -> Tensor:

@@ -20,12 +20,14 @@ from torch import Tensor
 from ..admission import launchable, settle
 from ..dispatch import apply
 from ..dtypes import FLOATING
+from ..function import differentiate
 from ..launchers import classification as launcher
 from ..layout import batched
 from ..op import BackwardParams, Needs, Op, Spec, Tensors, register
 from ..runtime import INTERPRETED
 from ..sampling import Make, Sample
-from .class_calls import KEPT, Params, labels, read, without
+from . import class_calls
+from .class_calls import KEPT, Params, bind_extended, labels, read, without
 from .class_rules import moved, reduced_losses, slopes, spread, upstream, wanted, weight_of_all
 from .loss_calls import modern
 
@@ -98,6 +100,11 @@ def reduced(params: Params, loss: Tensor, share: Tensor | None) -> tuple[Tensor,
 def _forward(
     params: Params, x: Tensor, target: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, ...]:
+    if params.overwrites and x.is_leaf and x.requires_grad:
+        raise RuntimeError(
+            "inplace_grad: the logits are a leaf that requires a gradient, which none of its "
+            "gradients may overwrite"
+        )
     found = launcher.rows(params.call, x, target, weight, params.row_dtype, params.averaged)
     return results(params, found)
 
@@ -140,21 +147,34 @@ def _backward_forward(
     call = params.call
     found, scale = kept(params, *rest)
     g = spread(params, g, found.top.dim()).expand(found.top.shape)
-    made = [
-        torch.empty_like(t, dtype=s.dtype) if need and s is not None else None
-        for t, need, s in zip((x, target), bp.needs, bp.specs, strict=False)
-    ]
-    if bp.needs[0] or bp.needs[1]:
-        launcher.gradients(call, g, scale, params.factor, x, target, weight, found, *made)
+    made: list[Tensor | None] = [None, None, None]
     if bp.needs[2]:
         spec = bp.specs[2]
         assert spec is not None
-        made.append(
-            launcher.weight_gradient(
-                call, g, params.factor or 1.0, x, target, found, params.batch, spec.dtype
-            )
+        # First, because it reads the logits.
+        made[2] = launcher.weight_gradient(
+            call, g, params.factor or 1.0, x, target, found, params.batch, spec.dtype
         )
+    if bp.needs[0]:
+        made[0] = x.detach() if params.overwrites else torch.empty_like(x)
+    if bp.needs[1]:
+        made[1] = torch.empty_like(target)
+    if bp.needs[0] or bp.needs[1]:
+        launcher.gradients(call, g, scale, params.factor, x, target, weight, found, *made[:2])
+    if params.overwrites and bp.needs[0]:
+        torch.autograd.graph.increment_version(x)
     return present(made)
+
+
+def _second(
+    bp: BackwardParams, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors
+) -> Tensors:
+    if bp.params.overwrites:
+        raise RuntimeError(
+            "inplace_grad: the gradient of cross_entropy has overwritten the logits, and has no "
+            "derivative of its own"
+        )
+    return differentiate(cross_entropy_backward, bp, needs, grads, saved[: len(needs)])
 
 
 def present(made: list[Tensor | None]) -> Any:
@@ -323,6 +343,7 @@ cross_entropy_backward: Op = Op(
     bind=None,
     forward=_backward_forward,
     outputs=3,
+    rule=_second,
     reference=_reference_of(_rule),
     vmap=vmap_of(lambda: cross_entropy_backward),
     kernels=("cross_entropy_bwd", "reduce"),
@@ -335,6 +356,7 @@ cross_entropy: Op = register(
         bind=_bind_cross_entropy,
         forward=_forward,
         replaces=(F.cross_entropy,),
+        variants={class_calls.cross_entropy: bind_extended},
         ambient=object if INTERPRETED else None,  # values are looked at
         saves=_saves,
         rule=_rule,
