@@ -405,3 +405,18 @@ def test_peak_memory(
     pair, _ = peak_bytes(linear_loss, rows, features, classes)
     assert pair > rows * classes * 2
     assert fused - results < 0.15 * (pair - results), (fused, pair, results)
+
+
+# -------------------------------------------------------------------------------- gumbel_softmax
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_gumbel_softmax_draws_torchs_numbers(hard: bool) -> None:
+    """The same seed gives the same sample, and leaves the generator in the same state."""
+    x, found = logits(4, 9), []
+    for function in (tritongrad.nn.functional.gumbel_softmax, F.gumbel_softmax):
+        torch.manual_seed(5)
+        value = function(x, tau=0.7, hard=hard, dim=0)
+        found.append((value, torch.autograd.grad(value[0].sum(), x), torch.rand(())))
+    assert_same(*found)
+    assert not hard or torch.equal(found[0][0].sum(0), torch.ones_like(x[0]))

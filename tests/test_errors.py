@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0:UserWarning"),
     # torch's, of the two options that reduction has replaced.
     pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`eps` parameter is deprecated:UserWarning"),
     # torch's, where it has no use of them.
     pytest.mark.filterwarnings("ignore:.*``options`` ignored:UserWarning"),
 ]

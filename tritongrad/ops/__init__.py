@@ -30,6 +30,7 @@ from . import row_loss as row_loss
 from . import scan as scan
 from . import selection as selection
 from . import softmax as softmax
+from . import softmax_calls as softmax_calls
 from . import tensor_product as tensor_product
 from . import totals as totals
 from . import vector_norm as vector_norm

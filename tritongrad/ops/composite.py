@@ -25,6 +25,7 @@ def composite(
     samples: Callable[[Make], Iterator[Sample]],
     autocast: Mapping[str, str] | None = None,
     opinfo: tuple[str, ...] | None = None,
+    random: bool = False,
 ) -> None:
     """Register the op whose result is ``value(params, *tensors)``."""
     register(Op(
@@ -32,6 +33,7 @@ def composite(
         bind=bind,
         # Whether operands of different dtypes may come in.
         ambient=torch._C._is_any_autocast_enabled,
+        random=random,
         replaces=targets,
         reference=lambda params, *tensors: (value(params, *tensors),),
         autocast=autocast or {},
