@@ -1,9 +1,9 @@
 """Matrix products.
 
-c[i, m, n] = alpha * sum_k a[i, m, k] * b[i, k, n] + beta * added[i, m, n], for every index i of the
-batch; the gradients, da = alpha dc b^T and db = alpha a^T dc, are products of the same kind. Every
-operand is read through its own strides: a transpose is two strides exchanged, a broadcast is a
-stride of 0.
+c[i, m, n] = F(z), z = alpha * sum_k a[i, m, k] * b[i, k, n] + beta * added[i, m, n] + bias[n], for
+every index i of the batch, with F an activation or nothing. The gradients, da = alpha dz b^T and
+db = alpha a^T dz, are products of the same kind. Every operand is read through its own strides: a
+transpose is two strides exchanged, a broadcast is a stride of 0.
 """
 
 import triton
@@ -48,11 +48,13 @@ def gemm(
     c_ptr, a_ptr, b_ptr, added_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, batch_shape, a_batch_strides, b_batch_strides,
     added_batch_strides, stride_added_m, stride_added_n, beta, alpha,
-    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    bias_ptr, stride_bias, z_ptr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of one c, which is dense. `batch_shape` and the batch strides are innermost first.
-    Strides that `added` is broadcast along are None, and so are factors of 1.
+    Strides that `added` is broadcast along are None, and so are factors of 1. EPILOGUE is a device
+    function of pointwise.py's kind, or None; `z` is what it is applied to, laid out as c, or None.
 
     Tiles at the edges are masked. That costs no vector access: a bound that is not divisible by 16
     is the length of rows that begin at unaligned addresses anyway.
@@ -65,6 +67,8 @@ def gemm(
 
     rest = batch.to(tl.int64)
     c_ptr += rest * M * N
+    if z_ptr is not None:
+        z_ptr += rest * M * N
     for d in tl.static_range(len(batch_shape)):
         index = rest % batch_shape[d]
         rest = rest // batch_shape[d]
@@ -107,5 +111,11 @@ def gemm(
         if beta is not None:
             added *= scalar(beta, ACC)
         acc += added
-    c_ptrs = c_ptr + (m[:, None] * N + n[None, :])
-    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n[None, :] * stride_bias, mask=in_b, other=0).to(ACC)
+    at = m[:, None] * N + n[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + at, acc.to(z_ptr.dtype.element_ty), mask=in_a & in_b)
+    if EPILOGUE is not None:
+        acc = EPILOGUE(acc)[0]
+    tl.store(c_ptr + at, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)

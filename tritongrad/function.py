@@ -122,7 +122,7 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
         ):
             result = pushforward(op, params, tensors, outputs, tangents)
         extra = len(outputs) - op.outputs
-        if extra:
+        if extra > 0:
             return (*(result if type(result) is tuple else (result,)), *[None] * extra)
         return result
 

@@ -164,9 +164,10 @@ def plan(
     precision: str,
     alpha: Number = 1,
     added: Addend | None = None,
+    epilogue: Any = None,
 ) -> Plan:
     """How to multiply operands of these shapes and strides, float32 in ``float32_precision()``;
-    ``alpha`` times their product, and something added."""
+    ``alpha`` times their product, and something added, and a device function of all that."""
     precision = "tf32" if dtype is torch.float32 and precision == "tf32" else "ieee"
     batch_shape = torch.broadcast_shapes(a_shape[:-2], b_shape[:-2])
     (m, depth), n = a_shape[-2:], b_shape[-1]
@@ -209,6 +210,7 @@ def plan(
     meta = {
         "PRECISION": precision,
         "EVEN_K": depth % tile.k == 0,
+        "EPILOGUE": epilogue,
         "WIDE": max(m * n, a_reach, b_reach, added_reach) > INT32_MAX,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
@@ -244,15 +246,18 @@ def matrix_product(
     return run(found, a, b, added)
 
 
-def run(plan: Plan, a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """``matrix_product`` of operands of the shapes and strides that ``plan`` was made for."""
+def run(
+    plan: Plan, a: Tensor, b: Tensor, added: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """``matrix_product`` of operands of the shapes and strides that ``plan`` was made for, with a
+    number of ``bias`` added to each column."""
     # Not new_empty(): of torch's allocators the strided ones have the least overhead.
     out = a.new_empty_strided(plan.shape, plan.strides)
-    if plan.grid is not None:
-        launch_prepared(k.gemm, plan.grid, (out, a, b, added, *plan.geometry), out, plan.meta)
+    _launch(plan, out, a, b, added, bias, None)
     return out
 
 
+<<<<<<< HEAD
 def product_into(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None) -> None:
     """Write ``a @ b + added``, of matrices, into ``out``, which is dense, of any dtype, and may be
     what is added: each program reads its tile before it writes it."""
@@ -261,3 +266,25 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None)
     if found.grid is not None:
         args = (out, a, b, added, *found.geometry)
         launch_prepared(k.gemm, found.grid, args, out, found.meta)
+=======
+def run_keeping(plan: Plan, a: Tensor, b: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``run``, and what the plan's epilogue was applied to."""
+    out, z = (a.new_empty_strided(plan.shape, plan.strides) for _ in range(2))
+    _launch(plan, out, a, b, added, None, z)
+    return out, z
+
+
+def _launch(
+    plan: Plan,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    added: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor | None,
+) -> None:
+    if plan.grid is not None:
+        stride = None if bias is None else bias.stride(0)
+        args = (out, a, b, added, *plan.geometry, bias, stride, z)
+        launch_prepared(k.gemm, plan.grid, args, out, plan.meta)
+>>>>>>> 6bd2bbd (linear_act and linear_add: an activation or a residual in the product's epilogue)

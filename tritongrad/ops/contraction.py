@@ -247,6 +247,7 @@ def backward_op(
     gradients: Callable[[Arithmetic, BackwardParams, Tensor, Tensors], Tensors],
     tangent: Callable[[Any, Tensors, Tensors], Tensor],
     rule: Any,
+    inputs: int = 3,
 ) -> Op:
     """The op that computes a product's gradients, from (g, *inputs, out).
 
@@ -255,6 +256,7 @@ def backward_op(
             each input.
         tangent: ``(params, factors, tangents) -> tangent`` in torch mathematics.
         rule: the product's own, its definition for vmap.
+        inputs: how many there are at most.
     """
 
     def forward(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Any:
@@ -288,7 +290,7 @@ def backward_op(
         name=f"{name}_backward",
         bind=None,
         forward=forward,
-        outputs=3,
+        outputs=inputs,
         rule=backward_rule,
         reference=reference,
         kernels=kernels,

@@ -44,7 +44,7 @@ class Params(NamedTuple):
     plan: matmul.Plan | None = None
 
 
-def _bind_linear(
+def bind_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensors, Params]:
     tensors = input, weight, bias
@@ -60,16 +60,20 @@ def _bind_linear(
         specs = tuple(
             [None if t is None else Spec(t.shape, t.dtype) for t in (input, weight, bias)]
         )
-        params = params._replace(specs=specs, plan=_plan(input, weight, bias))
+        params = params._replace(specs=specs, plan=plan_linear(input, weight, bias))
     return tensors, params
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> matmul.Plan:
+def plan_linear(
+    x: Tensor, weight: Tensor, added: Tensor | None, epilogue: Any = None
+) -> matmul.Plan:
+    """The launch for ``epilogue(x @ weight.T + added)``."""
     # A vector is a matrix of one row, but for the shape of the result.
     table = (x.shape, x.stride()) if x.dim() > 1 else (torch.Size((1, *x.shape)), (0, *x.stride()))
-    added = None if bias is None else matmul.Addend(bias.shape, bias.stride())
+    addend = None if added is None else matmul.Addend(added.shape, added.stride())
     weight_t = weight.shape[::-1], weight.stride()[::-1]
-    launch = matmul.plan(*table, *weight_t, x.dtype, matmul.float32_precision(), 1, added)
+    precision = matmul.float32_precision()
+    launch = matmul.plan(*table, *weight_t, x.dtype, precision, 1, addend, epilogue)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     return launch._replace(shape=shape, strides=launch.strides[-x.dim() :])
 
@@ -83,7 +87,7 @@ def _forward(params: Params, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return matmul.matrix_product(x, weight.mT, bias)
 
 
-def _gradients(use: Arithmetic, bp: BackwardParams, g: Tensor, factors: Tensors) -> Tensors:
+def gradients(use: Arithmetic, bp: BackwardParams, g: Tensor, factors: Tensors) -> Tensors:
     x, weight = factors
     dx = dweight = dbias = None
     if bp.needs[0]:
@@ -102,10 +106,10 @@ def _rule(
 ) -> Tensors:
     (g,) = grads
     assert g is not None
-    return _gradients(RULES, BackwardParams(params, needs, specs), settle(g), saved[:2])
+    return gradients(RULES, BackwardParams(params, needs, specs), settle(g), saved[:2])
 
 
-def _tangent(params: Params, factors: Tensors, tangents: Tensors) -> Tensor:
+def tangent_of(params: Params, factors: Tensors, tangents: Tensors) -> Tensor:
     """The tangent of the result, but for the shape where it is the bias' alone."""
     (x, weight), (dx, dweight, dbias) = factors, tangents
     # The bias' tangent is the bias of whichever product there is.
@@ -127,10 +131,10 @@ def _jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) 
     (out,) = outputs
     assert out is not None
     present = tuple([t if t is None else settle(t) for t in tangents])
-    return _tangent(params, tensors[:2], present).expand(out.shape)
+    return tangent_of(params, tensors[:2], present).expand(out.shape)
 
 
-def _vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
+def vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
     x, weight, bias = tensors
     x_dim, weight_dim, bias_dim = dims
     assert x is not None
@@ -152,7 +156,7 @@ def _vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Ten
     return out, 0
 
 
-def _cost(params: Params, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+def cost(params: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     columns, depth = weight.shape
     results = x.numel() // max(depth, 1) * columns
     elements = x.numel() + weight.numel() + results + (0 if bias is None else columns)
@@ -174,23 +178,23 @@ def _samples(make: Make) -> Iterator[Sample]:
 register(
     Op(
         name="linear",
-        bind=_bind_linear,
+        bind=bind_linear,
         ambient=matmul.float32_precision,
         forward=_forward,
         replaces=(linear,),
         saves=saves,
         specs=operator.attrgetter("specs"),
         rule=_rule,
-        backward=backward_op("linear", GEMM + REDUCTION, _gradients, _tangent, _rule),
+        backward=backward_op("linear", GEMM + REDUCTION, gradients, tangent_of, _rule),
         jvp=_jvp,
-        vmap=_vmap,
+        vmap=vmap,
         autocast=LOWER,
         schema="(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
         opinfo=("nn.functional.linear",),
         kernels=GEMM,
         formula="dx = g @ w; dw = g.T @ x; db = sum of g over rows",
         dtypes=FLOATING,
-        cost=_cost,
+        cost=cost,
         samples=_samples,
         sources="torch derivatives.yaml",
     )
