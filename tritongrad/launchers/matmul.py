@@ -47,7 +47,7 @@ _KINDS = ("half", "half, unaligned", "float32", "tf32", "float64")
 _DEPTHS = {
     # m, n, warps
     (128, 128, 8): (64, 0, 16, 32, 0),
-    (128, 64, 8): (0, 32, 0, 0, 16),
+    (128, 64, 8): (64, 32, 0, 0, 16),
     (64, 128, 8): (0, 0, 16, 0, 0),
     (64, 64, 4): (64, 32, 0, 32, 16),
     (32, 64, 4): (32, 32, 16, 32, 0),
@@ -109,14 +109,18 @@ def _tile(
     aligned: bool,
     sizes: tuple[int, int, int],
     adding: bool = False,
+    computing: bool = False,
 ) -> Tile:
     """The largest tile that fills the GPU, of those that are not larger than the result, and where
-    a whole tile is added, leave registers for that: 32 accumulators a thread."""
+    a whole tile is added (``adding``), or an activation computed, whose steps are taken by all
+    elements in turn (``computing``), leave registers for that: of 255 a thread, 64 accumulators
+    leave enough for half precision's addends, 32 for all the rest."""
     batch, m, n = sizes
     limit_m, limit_n = max(next_power_of_two(m), 16), max(next_power_of_two(n), 16)
     fitting = [t for t in _tiles(dtype, precision, aligned) if t.m <= limit_m and t.n <= limit_n]
-    if adding:
-        fitting = [t for t in fitting if t.m * t.n <= 32 * 32 * t.warps]
+    if adding or computing:
+        most = 64 if dtype.itemsize == 2 and aligned and not computing else 32
+        fitting = [t for t in fitting if t.m * t.n <= most * 32 * t.warps]
     for tile in fitting:
         if batch * -(-m // tile.m) * -(-n // tile.n) >= FILL:
             return tile
@@ -202,8 +206,8 @@ def plan(
         and 1 in (stride_bk, stride_bn)
         and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | n) % 16 == 0
     )
-    adding = bool(stride_dm and stride_dn)
-    tile = _tile(dtype, precision, aligned, (batch, m, n), adding)
+    adding, result = bool(stride_dm and stride_dn), (batch, m, n)
+    tile = _tile(dtype, precision, aligned, result, adding, epilogue is not None)
     a_reach = m * stride_am + depth * stride_ak
     b_reach = depth * stride_bk + n * stride_bn
     added_reach = m * stride_dm + n * stride_dn

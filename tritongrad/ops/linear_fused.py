@@ -95,8 +95,14 @@ def linear_add(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     Args:
         residual: of a shape that expands to the result's; added in the dtype of the product, under
             autocast too (where ``torch.addmm`` does so).
+
+    Raises:
+        TypeError: ``residual`` is not floating-point. Else what ``torch.nn.functional.linear``, and
+            an addition of shapes that do not broadcast, raise.
     """
     product = F.linear(input, weight, bias)
+    if not residual.is_floating_point():
+        raise TypeError("linear_add: residual must be a floating-point tensor")
     return product + residual.to(product.dtype)
 
 
@@ -254,7 +260,7 @@ ACT = register(
     Op(
         name="linear_act",
         bind=_bind_act,
-        ambient=matmul.float32_precision,
+        ambient=lambda: (matmul.float32_precision(), torch.is_grad_enabled()),
         forward=_forward,
         replaces=(linear_act,),
         outputs=2,
