@@ -109,18 +109,15 @@ def _tile(
     aligned: bool,
     sizes: tuple[int, int, int],
     adding: bool = False,
-    computing: bool = False,
 ) -> Tile:
     """The largest tile that fills the GPU, of those that are not larger than the result, and where
-    a whole tile is added (``adding``), or an activation computed, whose steps are taken by all
-    elements in turn (``computing``), leave registers for that: of 255 a thread, 64 accumulators
-    leave enough for half precision's addends, 32 for all the rest."""
+    a whole tile is added, or an activation computed, whose steps are taken by all elements in turn,
+    leave registers for that: 32 accumulators a thread."""
     batch, m, n = sizes
     limit_m, limit_n = max(next_power_of_two(m), 16), max(next_power_of_two(n), 16)
     fitting = [t for t in _tiles(dtype, precision, aligned) if t.m <= limit_m and t.n <= limit_n]
-    if adding or computing:
-        most = 64 if dtype.itemsize == 2 and aligned and not computing else 32
-        fitting = [t for t in fitting if t.m * t.n <= most * 32 * t.warps]
+    if adding:
+        fitting = [t for t in fitting if t.m * t.n <= 32 * 32 * t.warps]
     for tile in fitting:
         if batch * -(-m // tile.m) * -(-n // tile.n) >= FILL:
             return tile
@@ -206,8 +203,8 @@ def plan(
         and 1 in (stride_bk, stride_bn)
         and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | n) % 16 == 0
     )
-    adding, result = bool(stride_dm and stride_dn), (batch, m, n)
-    tile = _tile(dtype, precision, aligned, result, adding, epilogue is not None)
+    adding = bool(stride_dm and stride_dn) or epilogue is not None
+    tile = _tile(dtype, precision, aligned, (batch, m, n), adding)
     a_reach = m * stride_am + depth * stride_ak
     b_reach = depth * stride_bk + n * stride_bn
     added_reach = m * stride_dm + n * stride_dn
@@ -261,16 +258,14 @@ def run(
     return out
 
 
-<<<<<<< HEAD
 def product_into(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None) -> None:
     """Write ``a @ b + added``, of matrices, into ``out``, which is dense, of any dtype, and may be
     what is added: each program reads its tile before it writes it."""
     addend = None if added is None else Addend(added.shape, added.stride())
     found = plan(a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision(), 1, addend)
-    if found.grid is not None:
-        args = (out, a, b, added, *found.geometry)
-        launch_prepared(k.gemm, found.grid, args, out, found.meta)
-=======
+    _launch(found, out, a, b, added, None, None)
+
+
 def run_keeping(plan: Plan, a: Tensor, b: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
     """``run``, and what the plan's epilogue was applied to."""
     out, z = (a.new_empty_strided(plan.shape, plan.strides) for _ in range(2))
@@ -291,4 +286,3 @@ def _launch(
         stride = None if bias is None else bias.stride(0)
         args = (out, a, b, added, *plan.geometry, bias, stride, z)
         launch_prepared(k.gemm, plan.grid, args, out, plan.meta)
->>>>>>> 6bd2bbd (linear_act and linear_add: an activation or a residual in the product's epilogue)

@@ -20,8 +20,8 @@ from . import embedding as embedding
 from . import extremum as extremum
 from . import gated as gated
 from . import linear as linear
-from . import linear_loss as linear_loss
 from . import linear_fused as linear_fused
+from . import linear_loss as linear_loss
 from . import loss as loss
 from . import margin as margin
 from . import matmul as matmul
