@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from tritongrad.admission import transforming
 from tritongrad.dispatch import bypass
 from tritongrad.op import TARGETS, Bind, Op, Unsupported
 from tritongrad.sampling import Random, Sample, clone, tensors
@@ -20,11 +22,56 @@ DTYPES = (torch.float64, torch.float32)
 
 F = torch.nn.functional
 
+
+def _bags(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    **others: Any,
+) -> Tensor:
+    """torch's embedding_bag, of rows that are in memory."""
+
+    def native(weight: Tensor) -> Tensor:
+        return F.embedding_bag(
+            input,
+            weight,
+            offsets,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            padding_idx=padding_idx,
+            **others,
+        )
+
+    if not transforming():
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            native(weight)  # it raises what it refuses
+    if mode == "max" or others:
+        return native(weight)
+    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
+    left_out = (input == padding).unsqueeze(-1)
+    rows = F.embedding(input, weight).masked_fill(left_out, 0)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    counts = (~left_out).to(weight.dtype)
+    if offsets is None:
+        sums, counts = rows.sum(1), counts.sum(1)
+    else:
+        each = torch.arange(input.shape[0], device=input.device)
+        number = torch.searchsorted(offsets, each, right=True) - 1
+        members = F.one_hot(number, offsets.shape[0]).to(weight.dtype).t()
+        sums, counts = members @ rows, members @ counts
+    return sums if mode == "sum" else sums / counts.clamp(min=1)
+
+
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     # torch's has no second derivative, and its first is float32's 1 / 6 in float64 too.
     F.hardsigmoid: lambda input: torch.where(
         (input > -3) & (input < 3), input / 6 + 0.5, F.hardsigmoid(input.detach())
     ),
+    F.embedding_bag: _bags,  # torch's has neither a second derivative nor a tangent
     # torch's is 0 in the lower tail, from where 1 + erf cancels.
     torch.special.ndtr: lambda input: 0.5 * torch.erfc(-math.sqrt(0.5) * input),
 }

@@ -253,7 +253,7 @@ def test_signature(name: str) -> None:
     for call in few(name):
         sample = call.sample
         assert check(name, spoil(sample, "nonsense", "nonsense", 1))
-        extra = Sample((*sample.args, *[1j] * 9), sample.kwargs)
+        extra = Sample((*sample.args, *[1j] * 12), sample.kwargs)
         assert check(name, Spoiled(f"argument {len(extra.args)}", 1j, extra))
         if name not in READS_LISTS:
             missing = Sample(sample.args[1:], sample.kwargs)

@@ -29,6 +29,7 @@ from torch.testing._internal.opinfo.core import OpInfo
 
 import tritongrad
 from tritongrad.op import OPS, Op
+from tritongrad.ops.embedding_bag import ANOTHERS_FREQUENCY
 from tritongrad.reroute import HARMLESS, MOVES, UNCHANGED
 from tritongrad.runtime import Session
 from tritongrad.sampling import Sample
@@ -42,6 +43,8 @@ EXPECTED_FALLBACKS = {
     "matrix norm": "torch.norm and torch.linalg.norm are vector norms too, and only those are ours",
     "a rank that torch refuses or warns of": "the warning is torch's",
     "sparse gradient": "torch's is a sparse tensor",
+    "mode='max', scale_grad_by_freq=False": "of embedding_bag, left to torch",
+    ANOTHERS_FREQUENCY: "torch's CPU has wrong gradients, which are not silently to become others",
     "max_norm, in place": "the table is torch's to renormalise, before it is ours to read",
     "no degrees of freedom, of which torch warns": (
         "the warning is torch's, as are the slopes, which depend on how dim was spelled"
@@ -123,11 +126,13 @@ def both(op: Op, entry: str, dtype: torch.dtype) -> Iterator[tuple[Call, Derivat
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(("name", "entry"), ENTRIES)
 def test_derivatives_equal_torchs(name: str, entry: str, dtype: torch.dtype) -> None:
+    info = INFOS[entry]
     for call, ours, theirs in both(OPS[name], entry, dtype):
 
         def exact(call: Call = call) -> Derivatives:
             wide = call.double()
-            return derivatives(wide.torch, wide.inputs, dtype)
+            second, forward = info.supports_gradgrad, info.supports_forward_ad
+            return derivatives(wide.torch, wide.inputs, dtype, second=second, forward=forward)
 
         assert_derivatives_same(
             ours, theirs, repr(call), exact=None if dtype is torch.float64 else exact
@@ -141,13 +146,16 @@ ROUNDED_BETWEEN = {
 """Ops that are several of torch's -> what is rounded between those."""
 
 
+# torch's, of a gradient that it has no batching rule for.
+@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(("name", "entry"), ENTRIES)
 def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype) -> None:
     """HAZARDS 15."""
     for call, ours, theirs in both(OPS[name], entry, dtype):
         wide = call.double()
-        exact = derivatives(wide.torch, wide.inputs, dtype, second=False)
+        forward = INFOS[entry].supports_forward_ad
+        exact = derivatives(wide.torch, wide.inputs, dtype, second=False, forward=forward)
         check = partial(assert_as_accurate, what=repr(call))
         check(ours.value, theirs.value, exact.value)
         gradient, tangents = terms(wide.torch, wide.inputs, dtype)

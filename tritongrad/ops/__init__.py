@@ -17,6 +17,7 @@ from . import dropout as dropout
 from . import einsum as einsum
 from . import elementary as elementary
 from . import embedding as embedding
+from . import embedding_bag as embedding_bag
 from . import extremum as extremum
 from . import gated as gated
 from . import linear as linear
