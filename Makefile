@@ -65,6 +65,14 @@ static: install ## compile every kernel ahead of time and count registers, spill
 host: install ## time what a call costs on the host, without the kernel
 	$(BIN)/python -m compare host $(ARGS)
 
+.PHONY: bench
+bench: install ## time every op on a GPU, beside torch and other libraries
+	$(BIN)/python -m compare bench $(ARGS)
+
+.PHONY: report
+report: install ## pictures and tables of what bench measured
+	$(BIN)/python -m compare report $(ARGS)
+
 .PHONY: models
 models: install ## train small models on our kernels and on torch, step by step
 	$(BIN)/python -m compare models $(ARGS)

@@ -301,10 +301,9 @@ class Collection:
         factories: Callable[[torch.dtype], Iterable[Resized]] = sizes,
     ) -> None:
         """Run the samples of ``op`` in every size."""
-        record = partial(self._record, op.name)
         known = len(self.problems)
         for make in (make for dtype in dtypes for make in factories(dtype)):
-            with runtime.stub(), runtime.observe(record):
+            with runtime.stub(), self.recording(op):
                 for sample in op.samples(make) if op.samples is not None else ():
                     if make.resizes and not modest(op, sample):
                         continue
@@ -317,6 +316,10 @@ class Collection:
                             self.problems.append(f"{about}: {type(error).__name__}: {error}")
         if len(self.problems) == known and not any(op.name in s.ops for s in self._found.values()):
             self.problems.append(f"{op.name}: its samples launch no kernel")
+
+    def recording(self, op: Op) -> contextlib.AbstractContextManager[None]:
+        """Enter what is launched inside as what ``op`` launches."""
+        return runtime.observe(partial(self._record, op.name))
 
     def _record(self, op: str, kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
         description = describe(kernel, args, meta)

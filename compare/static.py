@@ -14,6 +14,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from tritongrad.op import OPS
 
+from . import baseline
 from .disassembly import TARGETS, Code, Json, compile_all
 from .specialisations import Collection, Specialisation, cover, make_job
 from .terminal import add_json_option, dtype_name, make_console, tracked, write_json
@@ -169,6 +171,43 @@ def _line(row: Row) -> tuple[str, ...]:
     )
 
 
+def compare_with_table(options: argparse.Namespace, console: Console) -> int:
+    """``--against`` and ``--table``. Returns 1 where something got worse, or the table is of other
+    kernels."""
+    names = options.only or list(OPS)
+    collection = baseline.collect(OPS[name] for name in tracked(names, "collecting", console))
+    found = {baseline.name_of(s): s for s in collection.specialisations}
+    for problem in collection.problems:
+        console.print(f"not collected: {problem}", markup=False, style="red")
+    if options.table is not None:
+        wanted = baseline.representatives(found.values())
+        rows = compile_for(wanted, [baseline.TARGET], options.workers, console)
+        pairs = [(s, row.code) for s, row in zip(wanted, rows, strict=True) if row.code is not None]
+        baseline.write(baseline.tabulate(pairs), options.table)
+        console.print(f"{len(pairs)} of {len(wanted)} specialisations in {options.table}")
+        return int(len(pairs) < len(wanted) or bool(collection.problems))
+    table = baseline.read(options.against)
+    wanted = [found[name] for name in table if name in found]
+    rows = compile_for(wanted, [baseline.TARGET], options.workers, console)
+    worse = 0
+    for specialisation, row in zip(wanted, rows, strict=True):
+        name = baseline.name_of(specialisation)
+        for problem in baseline.regressions(table[name], row.code):
+            console.print(f"{name}: {problem}", markup=False, style="red", soft_wrap=True)
+            worse += 1
+    # Of some ops alone, most of the table is not launched.
+    stale = [] if options.only else baseline.unlaunched(table, found)
+    for kernel in stale:
+        console.print(
+            f"{kernel}: the table has nothing that is launched; make it anew with --table"
+        )
+    gone = len(table) - len(wanted)
+    console.print(
+        f"{len(wanted)} compared, {worse} worse; {gone} of the table not launched by these ops"
+    )
+    return int(bool(worse or stale or collection.problems))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Returns 1 where a kernel does not compile, spills, or lost its vectors."""
     parser = argparse.ArgumentParser(prog="compare static", description=__doc__)
@@ -178,9 +217,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_json_option(parser)
     parser.add_argument("--all", action="store_true", help="also what differs in alignment alone")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--against", type=Path, nargs="?", const=baseline.FILE, metavar="FILE",
+        help="has anything got worse than in this table (compare/static-table.json)?",
+    )  # fmt: skip
+    parser.add_argument(
+        "--table", type=Path, nargs="?", const=baseline.FILE, metavar="FILE", help="make the table"
+    )
     options = parser.parse_args(arguments)
 
     console = make_console()
+    if options.against is not None or options.table is not None:
+        return compare_with_table(options, console)
     collection = Collection()
     dtypes = [DTYPES[name] for name in options.dtype or ("float32", "bfloat16")]
     only = set(options.only or ())
