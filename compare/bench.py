@@ -125,6 +125,8 @@ def _might(implementation: str, op: Op) -> bool:
         peers.resolve(implementation, op)
     except peers.Absent as problem:
         return implementation in peers.LIBRARIES and "not installed" in str(problem)
+    except Exception:  # one that cannot be imported: the worker says why
+        return True
     return True
 
 
@@ -278,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.suite == "cold":
             cold.work(work, WORKER)
         else:
-            compile_ahead(planned, WORKER, min(max((os.cpu_count() or 2) // 2, 1), 8))
+            if options.suite == "quick":
+                workers = min(max((os.cpu_count() or 2) // 2, 1), 8)
+                compile_ahead(planned, WORKER, workers, budget / 3)
             work.budget = max(budget - (time.monotonic() - start), 0.0)
             try:
                 work.work()

@@ -107,9 +107,11 @@ def run(task: Task, place: Place) -> None:
     try:
         samples = make_samples(op, place.sizes[task.case], dtype, place.device)
     except Exception as problem:
-        if not task.warm:
-            status = "unsupported" if isinstance(problem, Unscalable) else "failed"
-            place.emit(replace(empty, status=status, note=_in_words(problem)))
+        status = "unsupported" if isinstance(problem, Unscalable) else "failed"
+        for phase, name in () if task.warm else task.pairs:
+            about = replace(empty, phase=phase, implementation=name, status=status)
+            if (phase, name) not in task.skip:
+                place.emit(replace(about, note=_in_words(problem)))
         _survive(place.device, problem)
         return
     known: dict[str, Any] = {
@@ -160,7 +162,9 @@ def _in_words(problem: BaseException) -> str:
 
 
 def _survive(device: Device, problem: Exception) -> None:
-    """Raise if the device does not answer any more."""
+    """Raise if the device does not answer any more. What is next gets all of its memory."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
     try:
         device.synchronize()
     except Exception as broken:
@@ -182,7 +186,9 @@ class _Phase:
     def run(self) -> None:
         expected = self._expected()
         if expected is None:
-            return  # torch has no such derivative
+            for name in self.wanted:
+                self._report(name, "unsupported", self.why_not)
+            return
         calls: dict[str, Call] = {}
         for name in self.wanted:
             self.place.announce(self.about.phase, name)
@@ -234,11 +240,13 @@ class _Phase:
             expected = call(0)
             again = difference(call(0), expected, LIMITS[self.dtype])
             self.random = self.op.random or again is not None
-        except (Nothing, NotImplementedError):
+        except (Nothing, NotImplementedError) as problem:
+            self.why_not = f"torch has no such derivative: {problem}"
             return None
         except RuntimeError as problem:
-            # torch's own functions without a second derivative or a forward mode say so thus.
-            self._failed(peers.EAGER, problem)
+            # Some of torch's functions say so thus that they have none; or memory does not do.
+            self.why_not = f"torch's own: {_in_words(problem)}"
+            _survive(self.place.device, problem)
             return None
         return expected
 

@@ -12,6 +12,7 @@ import queue
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -183,14 +184,19 @@ class Worker:
             self._log = None
 
 
-def compile_ahead(planned: Sequence[Task], command: Sequence[str], workers: int) -> None:
+def compile_ahead(
+    planned: Sequence[Task], command: Sequence[str], workers: int, seconds: float
+) -> None:
     """Call ours once for each task, in many processes, so that kernels are compiled when they are
-    timed. What goes wrong here goes wrong there again."""
+    timed; begin none after so many seconds. What goes wrong here goes wrong there again."""
+    end = time.monotonic() + seconds
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
     def once(task: Task) -> None:
         worker = idle.get()
         try:
+            if time.monotonic() > end:
+                return
             if not worker.running:
                 worker.start()
             own = replace(task, warm=True, implementations=(peers.OURS,), skip=())

@@ -135,7 +135,8 @@ class Scaling:
             return torch.rand(sizes, **about) > 0.5
         if not kind.is_floating_point:
             # A class or an index: as many as there are, if the sample's range was a size of it.
-            most = self.sizes(int(high), -1) if high > 1 else int(high)
+            bound = math.ceil(high)
+            most = self.sizes(bound, -1) if bound > 1 else bound
             return torch.randint(int(low), max(most, int(low) + 1), sizes, dtype=kind, **about)
         if (low, high) == (-2.0, 2.0):
             values = torch.randn(sizes, dtype=kind, **about)

@@ -136,7 +136,8 @@ def test_every_op_has_calls_of_any_size(name: str) -> None:
         assert all(t.dtype is torch.bfloat16 for t in tensors(sample) if t.is_floating_point())
         results_ = tensors(Sample((op.replaces[0](*sample.args, **sample.kwargs),)))
         counts.append(max(t.numel() for t in (*tensors(sample), *results_)))
-    assert counts[1] >= 32 * counts[0]
+    # Attention has as many tokens at each length, an embedding as many entries.
+    assert counts[1] >= (1 if recipe.kind in ("heads", "own") else 32) * counts[0]
     if recipe.kind in ("pointwise", "rows"):
         assert 2**11 <= counts[0] <= 2**13
         assert 2**23 <= counts[1] <= 2**25
@@ -276,7 +277,8 @@ def do(op: str, *wanted: str, phase: str = "forward", dtype: str = "float32") ->
     tasks.run(
         Task("quick", op, "tiny", dtype, (phase,), wanted or (peers.OURS, peers.EAGER), 0.0), place
     )
-    assert {(row.phase, row.implementation) for row in rows} <= set(announced)
+    ran = {(row.phase, row.implementation) for row in rows if row.status != "unsupported"}
+    assert ran <= set(announced)
     return rows
 
 
@@ -349,9 +351,11 @@ def test_a_broken_device_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows[0].note.endswith("an illegal memory access")
 
 
-def test_a_derivative_that_torch_lacks_has_no_row() -> None:
-    assert do("eq", phase="backward") == []
-    assert do("sign", phase="second") == []
+def test_a_derivative_that_torch_lacks_is_not_timed() -> None:
+    for op, phase in (("eq", "backward"), ("sign", "second")):
+        ours, theirs = do(op, phase=phase)
+        assert ours.status == theirs.status == "unsupported"
+        assert ours.note.startswith("torch has no such derivative")
 
 
 def test_random_results_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,7 +543,7 @@ def test_a_worker_that_does_not_start_ends_the_run(tmp_path: Path) -> None:
 
 def test_compiling_ahead_writes_nothing_and_survives_a_crash(tmp_path: Path) -> None:
     planned = run(tmp_path).planned
-    compile_ahead(planned[:1], [sys.executable, STUB, "exp:exit"], workers=1)
+    compile_ahead(planned[:1], [sys.executable, STUB, "exp:exit"], workers=1, seconds=60)
     assert statuses(tmp_path) == {}
 
 

@@ -292,6 +292,13 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((indices(make, 17, entries=2), make(30, 1031)), {}, "several blocks of columns")
 
 
+def _bench(make: Make, size: Any) -> Sample:
+    """A vocabulary's rows, each of which some tokens ask for."""
+    columns = min(size.columns, 2**12)
+    rows = max(size.elements // columns, 1)
+    return Sample((indices(make, rows, entries=2**15), make(2**15, columns)))
+
+
 embedding = Op(
     name="embedding",
     bind=_bind,
@@ -310,6 +317,7 @@ embedding = Op(
     dtypes=FLOATING,
     cost=_cost,
     samples=_samples,
+    bench=_bench,
     sources="torch derivatives.yaml: embedding, embedding_dense_backward",
 )
 register(embedding)

@@ -223,6 +223,13 @@ def _cost(params: Params, x: Tensor, weight: Tensor, target: Tensor, *rest: Any)
     return moved, 2 * rows * weight.numel()
 
 
+def _bench(make: Make, size: Any) -> Sample:
+    """Tokens of a model whose vocabulary is far larger than its hidden size."""
+    tokens, hidden, classes = size.side, min(size.side, 2**12), 8 * size.side
+    target = make(tokens, low=0, high=classes, dtype=torch.int64, requires_grad=False)
+    return Sample((make(tokens, hidden), make(classes, hidden), target))
+
+
 def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(3, 2), make(4, 2), labels(make, 4, 3)), {}, "mean")
     yield Sample(
@@ -284,6 +291,7 @@ def _register() -> None:
             formula="dx = d @ w; dw = d.T @ x; db = sum of d over rows; d = dlogits",
             dtypes=FLOATING,
             samples=_samples,
+            bench=_bench,
             sources="torch.nn.functional.linear and cross_entropy",
             cost=_cost,
         )

@@ -282,6 +282,12 @@ def _samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(2, 0, 3, 4), *angles(3, 2)), {}, "empty")
 
 
+def _bench(make: Make, size: Any) -> Sample:
+    """The heads of a batch of as many tokens at each length."""
+    batch = max(2**14 // size.length, 1)
+    return Sample((make(batch, 16, size.length, 128), make(size.length, 64), make(size.length, 64)))
+
+
 ROTATION = register(
     Op(
         name="rope",
@@ -301,6 +307,7 @@ ROTATION = register(
         dtypes=FLOATING,
         cost=_cost,
         samples=_samples,
+        bench=_bench,
         sources="Su et al., arXiv 2104.09864; linear in x and in (cos, sin)",
     )
 )
