@@ -13,8 +13,10 @@ from torch.autograd import forward_ad
 from tritongrad.admission import transforming
 from tritongrad.dispatch import bypass
 from tritongrad.op import TARGETS, Bind, Op, Unsupported
+from tritongrad.ops.add_norm import add_layer_norm
 from tritongrad.sampling import Random, Sample, clone, tensors
 
+from .definitions import batch_norm, instance_norm, layer_norm
 from .measure import DEVICE, Derivation, Errors, calling, compare, leaves
 from .terminal import dtype_name
 
@@ -72,6 +74,14 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
         (input > -3) & (input < 3), input / 6 + 0.5, F.hardsigmoid(input.detach())
     ),
     F.embedding_bag: _bags,  # torch's has neither a second derivative nor a tangent
+    # torch's third derivatives take statistics for constants.
+    F.layer_norm: layer_norm,
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
+    add_layer_norm: lambda input, residual, *args, **kwargs: (
+        layer_norm(total := input + residual, *args, **kwargs),
+        total,
+    ),
     # torch's is 0 in the lower tail, from where 1 + erf cancels.
     torch.special.ndtr: lambda input: 0.5 * torch.erfc(-math.sqrt(0.5) * input),
 }

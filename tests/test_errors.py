@@ -184,6 +184,9 @@ def test_no_tensor(name: str) -> None:
     assert sum(refused) >= len(refused) / 2
 
 
+# Once, of its rms_norm: that two dtypes are not fused, and what becomes of a complex weight.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.filterwarnings("ignore:Casting complex values to real discards:UserWarning")
 @pytest.mark.parametrize("name", ALL)
 def test_dtype(name: str) -> None:
     def others(tensor: Tensor) -> Iterator[Any]:

@@ -46,6 +46,7 @@ EXPECTED_FALLBACKS = {
     "mode='max', scale_grad_by_freq=False": "of embedding_bag, left to torch",
     ANOTHERS_FREQUENCY: "torch's CPU has wrong gradients, which are not silently to become others",
     "max_norm, in place": "the table is torch's to renormalise, before it is ours to read",
+    "nothing to normalise": "an empty batch, of which torch has statistics of its own",
     "no degrees of freedom, of which torch warns": (
         "the warning is torch's, as are the slopes, which depend on how dim was spelled"
     ),

@@ -90,7 +90,8 @@ def test_input_layout(name: str, layout: str) -> None:
 
 # torch's CPU kernel computes on a contiguous copy; ours keeps the layout, as its neighbours do.
 # soft_margin_loss's layout is that of the input where that has stride 0, too; ours is the target's.
-MADE_CONTIGUOUS = {"logsigmoid", "soft_margin_loss"}
+# rms_norm's is contiguous in both, but torch's keeps channels_last.
+MADE_CONTIGUOUS = {"logsigmoid", "soft_margin_loss", "rms_norm", "add_rms_norm"}
 
 REFUSES_NEGATIVE = {"binary_cross_entropy"}
 
@@ -150,13 +151,15 @@ def mapped(call: Call, function: Callable[[Tensor], Tensor]) -> Call:
 
 def resized(call: Call, reshape: Callable[[torch.Size], Sequence[int]]) -> Call:
     """``call`` with every tensor's shape changed by ``reshape``, filled with its own values over
-    and over."""
+    and over, and so every ``torch.Size`` among the arguments, which is the end of a tensor's."""
 
     def refill(t: Tensor) -> Tensor:
         shape = torch.Size(reshape(t.shape))
         return t.flatten()[torch.arange(shape.numel(), device=t.device) % t.numel()].view(shape)
 
-    return mapped(call, refill)
+    args, kwargs, note = mapped(call, refill).sample
+    args = tuple(torch.Size(reshape(v)) if isinstance(v, torch.Size) else v for v in args)
+    return Call(call.op, Sample(args, kwargs, note), call.func)
 
 
 def same_or_same_error(call: Call) -> None:

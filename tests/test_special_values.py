@@ -286,6 +286,20 @@ NOT_COMPARED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         SECOND,
         "of probabilities of 1e200 terms of that size cancel",
     ),
+    **{
+        (name, "large"): (
+            DERIVED,
+            "the deviation overflows: slopes are 0, as in torch's kernels; by the definition NaN",
+        )
+        for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+    },
+    **{
+        (name, "one infinite"): (
+            DERIVED,
+            "of an infinite weight: infinities of both signs meet by the order of the terms",
+        )
+        for name in ("layer_norm", "add_layer_norm")
+    },
     ("kl_div", "large"): (
         SECOND,
         "of a log target; infinities of both signs, torch adds terms before it multiplies by exp",

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import runtime
 from .admission import is_plain, launchable, settle, transforming
 from .dispatch import apply, rules
-from .op import BackwardParams, Needs, Op, Spec, Tensors
+from .op import BackwardParams, Needs, Op, Rule, Spec, Tensors
 from .runtime import local
 
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
@@ -170,14 +170,28 @@ def vjp(
     """
     if op.rule is None:
         return differentiate(op, params, needs, grads, saved[: len(needs)])
-    if op.backward is not None:
+    return pull(op.rule, op.backward, params, needs, specs, grads, saved, own_level)
+
+
+def pull(
+    rule: Rule,
+    backward: Op | None,
+    params: Any,
+    needs: Needs,
+    specs: tuple[Spec | None, ...],
+    grads: Tensors,
+    saved: Tensors,
+    own_level: int = 0,
+) -> Tensors:
+    """``vjp`` by ``backward`` where its kernels may stand for ``rule``, else by that."""
+    if backward is not None:
         grads = tuple([g if g is None or is_plain(g) else settle(g) for g in grads])
         if _kernel_sees_everything((*grads, *saved), own_level):
-            found = apply(op.backward, BackwardParams(params, needs, specs), (*grads, *saved))
+            found = apply(backward, BackwardParams(params, needs, specs), (*grads, *saved))
             results = iter(found if type(found) is tuple else (found,))
             return tuple([next(results) if need else None for need in needs])
     with rules():
-        return op.rule(params, needs, specs, grads, saved)
+        return rule(params, needs, specs, grads, saved)
 
 
 def _kernel_sees_everything(tensors: Tensors, own_level: int) -> bool:

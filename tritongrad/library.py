@@ -9,6 +9,7 @@ was exported), it raises instead of returning a zero tangent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -67,13 +68,14 @@ def define(op: Op) -> None:
     bind, compute, native = op.bind, op.forward, op.replaces[0]
     name, backward_name = op.name, f"{op.name}_backward"
     arguments = torch._C.parse_schema(f"{NAMESPACE}::{name}{op.schema}").arguments
-    plain = ", ".join(f"{_type_text(a)} {a.name}" for a in arguments)
+    # Without defaults, and as written: of a parsed SymInt[] it cannot be told that it is not int[].
+    plain = re.sub(r"=[^,)]*", "", op.schema[1 : op.schema.index(")")])
     _library.define(name + op.schema)
     _library.define(
         f"{backward_name}(Tensor[] grads, {plain}, Tensor[] outputs, bool[] needs) -> Tensor[]"
     )
     defaults = tuple(a.default_value for a in arguments)
-    is_tensor = [_type_text(a).startswith("Tensor") for a in arguments]
+    is_tensor = [str(a.type) in ("Tensor", "Optional[Tensor]") for a in arguments]
     forward_op = getattr(torch.ops.tritongrad, name).default
     backward_op = getattr(torch.ops.tritongrad, backward_name).default
 
@@ -160,11 +162,3 @@ def define(op: Op) -> None:
     # torch's own operator on fake tensors knows shape, dtype, strides and errors.
     torch.library.register_fake(f"{NAMESPACE}::{name}", native, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{backward_name}", fake_backward, lib=_library)
-
-
-def _type_text(argument: Any) -> str:
-    """The type of a schema argument as a schema writes it."""
-    text = str(argument.type)
-    if text.startswith("Optional["):
-        return text.removeprefix("Optional[").removesuffix("]") + "?"
-    return text

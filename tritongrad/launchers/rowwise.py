@@ -68,8 +68,8 @@ def plan(
     result = dense_strides(shape, range(len(shape) - 1, -1, -1))
     walks = [result] * outs
     walks += [strides_as(own, s, shape) for own, s in zip(shapes, strides, strict=True)]
-    kept_shape, kept = _merged(shape, walks, [d for d in range(len(shape)) if d not in dims])
-    row_shape, row = _merged(shape, walks, list(dims))
+    kept_shape, kept = merged(shape, walks, [d for d in range(len(shape)) if d not in dims])
+    row_shape, row = merged(shape, walks, list(dims))
     rows, columns = math.prod(kept_shape), math.prod(row_shape)
 
     compute = COMPUTE_DTYPE[element]
@@ -107,7 +107,7 @@ def plan(
     return Plan(shape, result, geometry, grid, meta)
 
 
-def _merged(
+def merged(
     shape: torch.Size, walks: list[Strides], dims: list[int]
 ) -> tuple[list[int], list[list[int]]]:
     """The dimensions ``dims`` alone, merged where every operand walks them as one."""

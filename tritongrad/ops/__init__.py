@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from . import activation as activation
+from . import add_norm as add_norm
 from . import addition as addition
 from . import arithmetic as arithmetic
+from . import channel_norm as channel_norm
 from . import classification as classification
 from . import distance as distance
 from . import dropout as dropout
@@ -27,6 +29,7 @@ from . import loss as loss
 from . import margin as margin
 from . import matmul as matmul
 from . import moments as moments
+from . import norm as norm
 from . import rope as rope
 from . import row_loss as row_loss
 from . import scan as scan

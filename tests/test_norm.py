@@ -1,0 +1,170 @@
+"""Normalisation: what other libraries got wrong, how many kernels run, and running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scenarios import gradients, launches, linked
+from support import DEVICE, assert_same
+from torch import Tensor
+
+import tritongrad
+from tritongrad.nn import functional as TF
+from tritongrad.sampling import Random
+
+
+def both(function: Callable[..., Any], *inputs: Tensor, what: str = "") -> None:
+    """Value and gradients are torch's, and nothing that computes ran on torch."""
+    found = []
+    for context in (tritongrad.use(), torch.enable_grad()):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        with context:
+            value = function(*leaves)
+        found.append((value, gradients(linked(value), leaves)))
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+
+    def exact() -> Any:
+        value = function(*wide)
+        return value, gradients(linked(value), wide)
+
+    assert_same(*found, what, exact=exact)
+
+
+SHAPES = {
+    "tail rows": ((3001, 6), (6,)),
+    "65537 columns": ((2, 65537), (65537,)),
+    "rows of nothing": ((4, 0), (0,)),
+    "no rows": ((0, 4), (4,)),
+    "one column": ((5, 1), (1,)),
+    "two dims": ((3, 2, 5), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_residual(case: str) -> None:
+    """``norm(h) + h``, with weight and bias, each alone, and neither."""
+    shape, row = SHAPES[case]
+    make = Random(torch.float32, DEVICE)
+    h, w, b = make(*shape), make(*row), make(*row)
+    both(lambda h, w, b: F.layer_norm(h, row, w, b) + h, h, w, b, what=case)
+    if case == "65537 columns":  # at some seconds each, in the interpreter
+        return
+    both(lambda h, w: F.layer_norm(h, row, w) + h, h, w, what=case)
+    both(lambda h, b: F.layer_norm(h, row, None, b) + h, h, b, what=case)
+    both(lambda h: F.layer_norm(h, row) + h, h, what=case)
+    both(lambda h, w: F.rms_norm(h, row, w) + h, h, w, what=case)
+
+
+@pytest.mark.parametrize("columns", [40, 33000])
+def test_offset(columns: int) -> None:
+    """A mean far from 0 costs no more digits than it costs torch, in one pass and in blocks."""
+    x = 1000 + Random(torch.float32, DEVICE)(3, columns)
+    theirs, exact = F.layer_norm(x, (columns,)), F.layer_norm(x.double(), (columns,))
+    with tritongrad.use():
+        ours = F.layer_norm(x, (columns,))
+    error = (ours.double() - exact).abs().max()
+    assert error <= 4 * (theirs.double() - exact).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_default_eps_of_rms_norm(dtype: torch.dtype) -> None:
+    x = Random(dtype, DEVICE)(3, 5) * torch.finfo(dtype).eps ** 0.5
+    with tritongrad.use() as session:
+        ours = F.rms_norm(x, (5,))
+    assert session.ran["rms_norm"]
+    assert_same(ours, F.rms_norm(x, (5,)))
+
+
+def kernels(function: Callable[..., Any], wanted: str, *inputs: Tensor) -> tuple[int, int]:
+    """How many run forward, and backward for those of the inputs named by their letters."""
+    leaves = [x.detach().requires_grad_(n in wanted) for n, x in zip("xwb", inputs, strict=False)]
+    with tritongrad.use():
+        value, forward = launches(partial(function, *leaves))
+    needed = [x for x in leaves if x.requires_grad]
+    _, backward = launches(partial(gradients, linked(value), needed))
+    return forward, backward
+
+
+@pytest.mark.parametrize(("wanted", "backward"), [("x", 1), ("w", 2), ("b", 1), ("xwb", 2)])
+def test_launches(wanted: str, backward: int) -> None:
+    """One kernel forward, one backward, and one more where it has sums over rows to add up."""
+    make = Random(torch.float32, DEVICE)
+    inputs = make(5, 8), make(8), make(8)
+    function = lambda x, w, b: F.layer_norm(x, (8,), w, b)  # noqa: E731
+    assert kernels(function, wanted, *inputs) == (1, backward)
+
+
+def test_fused_residual_is_one_kernel() -> None:
+    make = Random(torch.float32, DEVICE)
+    x, r, w = make(5, 8), make(5, 8), make(8, requires_grad=False)
+    found, forward = launches(lambda: TF.add_rms_norm(x, r, (8,), w))
+    _, backward = launches(partial(gradients, linked(found), [x, r]))
+    assert (forward, backward) == (1, 1)
+    both(lambda x, r, w: TF.add_rms_norm(x, r, (8,), w)[0], x, r, w)
+    both(lambda x, r, w: TF.add_rms_norm(x, r, (8,), w)[1], x, r, w)
+
+
+STATISTICS: dict[str, Callable[..., Tensor]] = {
+    "batch_norm": lambda x, m, v: F.batch_norm(x, m, v, training=True, momentum=0.3),
+    "instance_norm": lambda x, m, v: F.instance_norm(x, m, v, momentum=0.3),
+    "torch.batch_norm": lambda x, m, v: torch.batch_norm(
+        x, None, None, m, v, True, 0.3, 1e-5, False
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", STATISTICS)
+def test_running_statistics(name: str, dtype: torch.dtype) -> None:
+    """Updated once for each call as torch updates them, whatever is differentiated afterwards."""
+    if name == "instance_norm" and dtype is torch.bfloat16:
+        pytest.skip("torch rounds the averages of instances to bfloat16 first")
+    x = Random(dtype, DEVICE)(4, 3, 5)
+    found = []
+    for context in (tritongrad.use(), torch.enable_grad()):
+        mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+        with context:
+            for _ in range(2):
+                y = STATISTICS[name](x, mean, var)
+                (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+                first.square().sum().backward()
+        x.grad = None
+        found.append((mean, var))
+    assert_same(*found)
+
+
+def test_running_statistics_under_a_transform_are_torchs() -> None:
+    x, stats = Random(torch.float64, DEVICE)(4, 3, 5), []
+    for context in (tritongrad.use(), torch.enable_grad()):
+        mean, var = torch.zeros(2, 3, device=DEVICE, dtype=torch.float64)
+
+        def loss(x: Tensor, mean: Tensor = mean, var: Tensor = var) -> Tensor:
+            return F.batch_norm(x, mean, var, training=True).pow(3).sum()
+
+        with context:
+            stats.append((torch.func.grad(loss)(x.detach()), mean, var))
+    assert_same(*stats)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm"])
+def test_channels_last_is_kept(name: str) -> None:
+    x = Random(torch.float64, DEVICE)(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
+    call = {
+        "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+        "group_norm": lambda x: F.group_norm(x, 2),
+    }[name]
+    both(call, x)
+    with tritongrad.use():
+        assert call(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1)])
+def test_one_value_for_each_channel_is_refused(shape: tuple[int, ...]) -> None:
+    x = Random(torch.float32, DEVICE)(*shape)
+    with tritongrad.use(), pytest.raises(ValueError, match="Expected more than 1 value"):
+        F.batch_norm(x, None, None, training=True)
