@@ -263,6 +263,9 @@ KEEPS_MASK = ("normalize",)
 # A number for each row, where torch keeps the normalised rows, if there is anything in them.
 KEEPS_STATISTICS = ("rms_norm", "add_rms_norm")
 
+# A few numbers for each channel, at most as many as there are channels in the batch.
+KEEPS_CHANNELS = ("group_norm", "instance_norm", "batch_norm")
+
 
 @each_op
 def test_each_input_alone(name: str) -> None:
@@ -280,6 +283,8 @@ def test_each_input_alone(name: str) -> None:
             allowed = size(torch_keeps) + (call.inputs[0].numel() if name in KEEPS_MASK else 0)
             if name in KEEPS_STATISTICS:
                 allowed += call.inputs[0][..., :0].sum(-1).nbytes
+            if name in KEEPS_CHANNELS:
+                allowed += call.inputs[0].unsqueeze(-1).flatten(2)[..., 0].nbytes
             assert size(kept) <= allowed, f"{where}: keeps {kept}, torch {torch_keeps}"
             found, count = launches(partial(gradients, linked(ours), inputs[i : i + 1]))
             theirs = linked(call.torch(*inputs))
