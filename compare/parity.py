@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tritongrad.admission import transforming
 from tritongrad.dispatch import bypass
@@ -68,6 +69,11 @@ def _bags(
     return sums if mode == "sum" else sums / counts.clamp(min=1)
 
 
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     # torch's has no second derivative, and its first is float32's 1 / 6 in float64 too.
     F.hardsigmoid: lambda input: torch.where(
@@ -84,6 +90,8 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     ),
     # torch's is 0 in the lower tail, from where 1 + erf cancels.
     torch.special.ndtr: lambda input: 0.5 * torch.erfc(-math.sqrt(0.5) * input),
+    # torch's other backends have no second derivative and no forward mode.
+    F.scaled_dot_product_attention: _attention,
 }
 """torch function -> what is compared with in its place: the same, composed of other functions."""
 

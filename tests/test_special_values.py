@@ -247,6 +247,7 @@ PATTERNS: dict[str, tuple[float, ...]] = {
 
 
 SECOND, LATER, DERIVED = ("second",), ("second", "tangents"), ("gradient", "second", "tangents")
+ALWAYS = ("value", *DERIVED)
 
 _DIVIDED = (
     "torch divides by x, so that inf / inf, nan / nan and products that overflow or vanish reach "
@@ -254,6 +255,11 @@ _DIVIDED = (
 )
 _TERMS = "products of all factors but two overflow, vanish or meet 0 by the order of multiplication"
 _PAST_ZERO = "torch's derivative of a running product is 0 past a zero, also of inf and nan"
+_HIDDEN = (
+    "what a key that is hidden from a query holds has no part, as in torch's fused kernels; its "
+    "formula adds -inf to it"
+)
+_ATTENDED = "tangents that overflow as summed cancel where torch subtracts their mean first"
 _WELFORD = "torch's mean is inf - inf if an element follows the infinity, else inf; ours is inf"
 
 NOT_COMPARED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
@@ -300,6 +306,15 @@ NOT_COMPARED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
         )
         for name in ("layer_norm", "add_layer_norm")
     },
+    **{
+        (name, pattern): (ALWAYS, _HIDDEN)
+        for name in ("scaled_dot_product_attention", "attention")
+        for pattern in ("one nan", "one infinite", "both infinite", "nan and infinite")
+    },
+    **{("attention", pattern): (DERIVED, _HIDDEN) for pattern in ("all nan", "all -infinite")},
+    ("scaled_dot_product_attention", "large"): (LATER, _ATTENDED),
+    ("attention", "infinite and zero"): (ALWAYS, _HIDDEN),
+    ("attention", "large"): (DERIVED, _ATTENDED),
     ("kl_div", "large"): (
         SECOND,
         "of a log target; infinities of both signs, torch adds terms before it multiplies by exp",

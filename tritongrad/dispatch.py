@@ -149,7 +149,8 @@ def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:
         text = repr(value)
         return text if len(text) <= 60 else text[:57] + "..."
 
-    names = list(inspect.signature(bind).parameters)
+    parameters = inspect.signature(bind).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     pairs = [
         (names[i] if i < len(names) else f"argument {i + 1}", value) for i, value in enumerate(args)
     ]

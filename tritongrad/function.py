@@ -186,28 +186,31 @@ def pull(
     """``vjp`` by ``backward`` where its kernels may stand for ``rule``, else by that."""
     if backward is not None:
         grads = tuple([g if g is None or is_plain(g) else settle(g) for g in grads])
-        if _kernel_sees_everything((*grads, *saved), own_level):
+        if _kernel_sees_everything(backward, (*grads, *saved), own_level):
             found = apply(backward, BackwardParams(params, needs, specs), (*grads, *saved))
+            # One that is constant in its last tensors, results kept from forward, leaves them out.
             results = iter(found if type(found) is tuple else (found,))
-            return tuple([next(results) if need else None for need in needs])
+            return tuple([next(results, None) if need else None for need in needs])
     with rules():
         return rule(params, needs, specs, grads, saved)
 
 
-def _kernel_sees_everything(tensors: Tensors, own_level: int) -> bool:
+def _kernel_sees_everything(backward: Op, tensors: Tensors, own_level: int) -> bool:
     """Whether a backward kernel may stand for the rule here: not for tensors that carry a
-    forward-mode tangent, because the rule's operations propagate it."""
-    if forward_ad._current_level >= 0 and _carries_tangents(tensors, own_level):
+    forward-mode tangent, because the rule's operations propagate it, unless ``backward`` does."""
+    if backward.jvp is None and carries_tangents(tensors, own_level):
         return False
     return launchable(tensors)
 
 
-def _carries_tangents(tensors: Tensors, own_level: int) -> bool:
+def carries_tangents(tensors: Tensors, own_level: int) -> bool:
     """Whether forward mode may be differentiating through ``tensors``.
 
     Exact for dual numbers. Under torch.func the tangents of outer levels are out of reach, so
     every forward-mode level but the one being evaluated (``own_level`` of them) counts.
     """
+    if forward_ad._current_level < 0:
+        return False
     if not transforming():
         return any(
             t is not None and forward_ad.unpack_dual(t, level=0).tangent is not None
@@ -286,7 +289,7 @@ def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple
     """Batch an op that has no rule of its own: a backward op through its definition, another one
     sample by sample, because only its kernels make what its backward needs."""
     if op.rule is not None or op.reference is None:
-        return _vmap_by_samples(op, info, params, tensors, dims)
+        return vmap_by_samples(op, info, params, tensors, dims)
     present = [i for i, t in enumerate(tensors) if t is not None]
 
     def body(*values: Tensor) -> Any:
@@ -302,7 +305,8 @@ def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple
     return found, (0,) * len(found)
 
 
-def _vmap_by_samples(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
+def vmap_by_samples(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
+    """Batch an op by calling it for each sample."""
     results = []
     for i in range(info.batch_size):
         sample = tuple(

@@ -12,6 +12,7 @@ from . import activation as activation
 from . import add_norm as add_norm
 from . import addition as addition
 from . import arithmetic as arithmetic
+from . import attention as attention
 from . import channel_norm as channel_norm
 from . import classification as classification
 from . import distance as distance

@@ -1,0 +1,293 @@
+"""Gradients of attention: formulas and notation are in attention.py.
+
+Three passes, each of which computes the probabilities again from lse and owns what it writes: a
+block of queries sums over keys, a block of keys over queries (of all heads that share them), a
+block of the mask over whatever it was broadcast along. No two programs add to one number, so that
+runs give the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention import (
+    addend,
+    dot,
+    exponential,
+    finite,
+    head_if,
+    head_of,
+    kept,
+    number_of,
+    product,
+    put,
+    scores,
+    seen,
+    tile,
+    vector,
+    walk,
+)
+from .pointwise import scalar
+
+
+@triton.jit
+def attention_rows(
+    delta_ptr, omega_ptr, dsink_ptr, g, h_ptr, out, tangent, lse_ptr, mu_ptr, sinks, tsinks,
+    batch_shape, heads, L, DV,
+    FAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """What all pairs of a query share: delta, omega if there is a tangent, and each query's part in
+    the gradient of its head's sink."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = matrix // heads, matrix % heads
+    i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    if WIDE:
+        i = i.to(tl.int64)
+    cv = tl.arange(0, BLOCK_DV)
+    ACC: tl.constexpr = delta_ptr.dtype.element_ty
+    grads = tile(head_of(g, batch, head, batch_shape), i, cv, L, DV).to(ACC)
+    o = tile(head_of(out, batch, head, batch_shape), i, cv, L, DV).to(ACC)
+    delta = tl.sum(grads * o, 1)
+    if h_ptr is not None:
+        delta -= vector(h_ptr, matrix, i, L)
+    tl.store(delta_ptr + matrix * L + i, delta, mask=i < L)
+    slope = -delta
+    if omega_ptr is not None:
+        t = tile(head_of(tangent, batch, head, batch_shape), i, cv, L, DV).to(ACC)
+        omega = tl.sum(grads * t, 1)
+        tl.store(omega_ptr + matrix * L + i, omega, mask=i < L)
+        x = -vector(mu_ptr, matrix, i, L)
+        if tsinks is not None:
+            x += number_of(tsinks, batch, head, batch_shape, ACC)
+        slope = -x * delta - omega
+    if dsink_ptr is not None:
+        sink = tl.zeros_like(delta) + number_of(sinks, batch, head, batch_shape, ACC)
+        p = exponential(sink, finite(vector(lse_ptr, matrix, i, L)), FAST)
+        tl.store(dsink_ptr + matrix * L + i, p * slope, mask=i < L)
+
+
+@triton.jit
+def attention_bwd_q(
+    dq, g, q, k, v, lse_ptr, delta_ptr, extras, about,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
+    batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
+    tiles = tl.cdiv(L, BLOCK_M)
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = matrix // heads, matrix % heads
+    i = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if WIDE:
+        i = i.to(tl.int64)
+    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    k = head_of(k, batch, head // group, batch_shape)
+    v = head_of(v, batch, head // group, batch_shape)
+    mask = head_if(mask, batch, head, batch_shape)
+    queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
+    grads = tile(head_of(g, batch, head, batch_shape), i, cv, L, DV)
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    slope = number_of(slopes, batch, head, batch_shape, ACC)
+    lse = finite(vector(lse_ptr, matrix, i, L))
+    delta = vector(delta_ptr, matrix, i, L)
+
+    lo, hi, at = seen(i, L, S, down, up, segments)
+    first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for edges in tl.static_range(2):
+        count = end - first - (inner_end - inner) if edges else inner_end - inner
+        for step in range(0, count):
+            block = inner + step
+            if edges:
+                block = tl.where(
+                    first + step < inner, first + step, inner_end + step - inner + first
+                )
+            j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            ENDS = S if edges else None
+            keys = tile(k, j, c, ENDS, D)
+            values = tile(v, j, cv, ENDS, DV)
+            inside = ((i < L)[:, None] & (j < S)[None, :]) if edges else None
+            s, steep, _ = scores(
+                product(queries, keys, PRECISION), i[:, None], j[None, :],
+                at[:, None] - j[None, :], mask, slope, scale, softcap, inside,
+            )  # fmt: skip
+            p = exponential(s, lse[:, None], FAST)
+            if edges:
+                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
+            e = product(grads, values, PRECISION)
+            if seed_ptr is not None:
+                e *= kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
+            r = p * (e - delta[:, None]) * steep
+            acc = dot(r.to(keys.dtype), keys, acc, PRECISION)
+    put(head_of(dq, batch, head, batch_shape), acc * scalar(scale, ACC), i, c, L, D)
+
+
+@triton.jit
+def attention_bwd_kv(
+    dk, dv, g, q, k, v, lse_ptr, delta_ptr, extras, about,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Blocks of pairs are keys by queries here: what multiplies gradients and queries needs no
+    transposition. `segments` are those of keys; what is not wanted of dk and dv is None."""
+    mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
+    batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
+    tiles = tl.cdiv(S, BLOCK_N)
+    shared = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, key_head = shared // (heads // group), shared % (heads // group)
+    j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    if WIDE:
+        j = j.to(tl.int64)
+    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    keys = tile(head_of(k, batch, key_head, batch_shape), j, c, S, D)
+    values = tile(head_of(v, batch, key_head, batch_shape), j, cv, S, DV)
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+
+    lo, hi, at = seen(j, S, L, up, down, segments)
+    first, inner, inner_end, end = walk(lo, hi, BLOCK_M)
+    dkeys = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dvalues = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
+    for member in range(0, group):
+        head = key_head * group + member
+        matrix = batch * heads + head
+        queries_of = head_of(q, batch, head, batch_shape)
+        grads_of = head_of(g, batch, head, batch_shape)
+        mask_here = head_if(mask, batch, head, batch_shape)
+        slope = number_of(slopes, batch, head, batch_shape, ACC)
+        for edges in tl.static_range(2):
+            count = end - first - (inner_end - inner) if edges else inner_end - inner
+            for step in range(0, count):
+                block = inner + step
+                if edges:
+                    block = tl.where(
+                        first + step < inner, first + step, inner_end + step - inner + first
+                    )
+                i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+                ENDS = L if edges else None
+                queries = tile(queries_of, i, c, ENDS, D)
+                grads = tile(grads_of, i, cv, ENDS, DV)
+                inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
+                s, steep, _ = scores(
+                    product(keys, queries, PRECISION), i[None, :], j[:, None],
+                    at[:, None] - i[None, :], mask_here, slope, scale, softcap, inside,
+                )  # fmt: skip
+                p = exponential(s, finite(vector(lse_ptr, matrix, i, L))[None, :], FAST)
+                if edges:
+                    p = tl.where((i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None]), p, 0)
+                if seed_ptr is not None:
+                    keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
+                if dk is not None:
+                    e = product(values, grads, PRECISION)
+                    if seed_ptr is not None:
+                        e *= keep
+                    r = p * (e - vector(delta_ptr, matrix, i, L)[None, :]) * steep
+                    dkeys = dot(r.to(queries.dtype), queries, dkeys, PRECISION)
+                if dv is not None:
+                    if seed_ptr is not None:
+                        p *= keep
+                    dvalues = dot(p.to(grads.dtype), grads, dvalues, PRECISION)
+    if dk is not None:
+        put(head_of(dk, batch, key_head, batch_shape), dkeys * scalar(scale, ACC), j, c, S, D)
+    if dv is not None:
+        put(head_of(dv, batch, key_head, batch_shape), dvalues, j, cv, S, DV)
+
+
+@triton.jit
+def attention_bwd_mask(
+    dmask, g, q, k, v, tq, tk, tv, tmask, lse_ptr, delta_ptr, mu_ptr, omega_ptr, extras, about,
+    own_heads, own_L, own_S, shared_by,
+    SHARED_BATCH: tl.constexpr, SHARED_HEADS: tl.constexpr, SHARED_L: tl.constexpr,
+    SHARED_S: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """r of a block of the mask, or w where there is a `mu`, summed over all that shares it."""
+    mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
+    batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
+    own_tiles_j = tl.cdiv(own_S, BLOCK_N)
+    own_tiles = tl.cdiv(own_L, BLOCK_M) * own_tiles_j
+    own = (tl.program_id(0) // own_tiles).to(tl.int64)
+    own_i = tl.program_id(0) % own_tiles // own_tiles_j
+    own_j = tl.program_id(0) % own_tiles % own_tiles_j
+    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    count_i = tl.cdiv(L, BLOCK_M) if SHARED_L else 1
+    count_j = tl.cdiv(S, BLOCK_N) if SHARED_S else 1
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    batch = own // own_heads
+    head = own % own_heads
+    for sharer in range(0, shared_by):
+        # Of each dimension of the batch, the index is the mask's own or the sharer's.
+        rest, other = own // own_heads, sharer
+        head = own % own_heads
+        if SHARED_HEADS:
+            head = (other % heads).to(tl.int64)
+            other = other // heads
+        batch, step = own * 0, 1
+        for d in tl.static_range(len(batch_shape)):
+            if SHARED_BATCH[d]:
+                batch += other % batch_shape[d] * step
+                other = other // batch_shape[d]
+            else:
+                batch += rest % batch_shape[d] * step
+                rest = rest // batch_shape[d]
+            step = step * batch_shape[d]
+        matrix = batch * heads + head
+        slope = number_of(slopes, batch, head, batch_shape, ACC)
+        for block_i in range(0, count_i):
+            i = (own_i + block_i) * BLOCK_M + tl.arange(0, BLOCK_M)
+            if WIDE:
+                i = i.to(tl.int64)
+            queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
+            grads = tile(head_of(g, batch, head, batch_shape), i, cv, L, DV)
+            lse = finite(vector(lse_ptr, matrix, i, L))
+            delta = vector(delta_ptr, matrix, i, L)
+            lo, hi, at = seen(i, L, S, down, up, segments)
+            for block_j in range(0, count_j):
+                j = (own_j + block_j) * BLOCK_N + tl.arange(0, BLOCK_N)
+                inside = (i < L)[:, None] & (j < S)[None, :]
+                keys = tile(head_of(k, batch, head // group, batch_shape), j, c, S, D)
+                values = tile(head_of(v, batch, head // group, batch_shape), j, cv, S, DV)
+                s, steep, _ = scores(
+                    product(queries, keys, PRECISION), i[:, None], j[None, :],
+                    at[:, None] - j[None, :], head_if(mask, batch, head, batch_shape),
+                    slope, scale, softcap, inside,
+                )  # fmt: skip
+                p = exponential(s, lse[:, None], FAST)
+                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
+                e = product(grads, values, PRECISION)
+                if seed_ptr is not None:
+                    keep = kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
+                    e *= keep
+                x = e - delta[:, None]
+                if mu_ptr is not None:
+                    t = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+                    if tq is not None:
+                        tangents = tile(head_of(tq, batch, head, batch_shape), i, c, L, D)
+                        t = dot(tangents, tl.trans(keys), t, PRECISION)
+                    if tk is not None:
+                        tangents = tile(head_of(tk, batch, head // group, batch_shape), j, c, S, D)
+                        t = dot(queries, tl.trans(tangents), t, PRECISION)
+                    t *= scalar(scale, ACC) * steep
+                    if tmask is not None:
+                        there = head_if(tmask, batch, head, batch_shape)
+                        t += addend(there, i[:, None], j[None, :], inside).to(ACC)
+                    x *= t - vector(mu_ptr, matrix, i, L)[:, None]
+                    x -= vector(omega_ptr, matrix, i, L)[:, None]
+                    if tv is not None:
+                        tangents = tile(
+                            head_of(tv, batch, head // group, batch_shape), j, cv, S, DV
+                        )
+                        f = product(grads, tangents, PRECISION)
+                        if seed_ptr is not None:
+                            f *= keep
+                        x += f
+                acc += p * x
+    if SHARED_L:
+        acc = tl.zeros_like(acc) + tl.sum(acc, 0)[None, :]
+    if SHARED_S:
+        acc = tl.zeros_like(acc) + tl.sum(acc, 1)[:, None]
+    i = own_i * BLOCK_M + tl.arange(0, BLOCK_M)
+    if WIDE:
+        i = i.to(tl.int64)
+    j = own_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    put(head_of(dmask, batch, head, batch_shape), acc, i, j, own_L, own_S)

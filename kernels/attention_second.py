@@ -1,0 +1,203 @@
+"""Gradients of attention's tangent along its primals, which are attention's second derivatives:
+formulas and notation are in attention.py, the passes those of attention_backward.py. Tangents `t`
+of an input are None where they are 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention import (
+    addend,
+    dot,
+    exponential,
+    finite,
+    head_if,
+    head_of,
+    kept,
+    number_of,
+    product,
+    put,
+    scores,
+    seen,
+    tile,
+    vector,
+    walk,
+)
+from .pointwise import scalar
+
+
+@triton.jit
+def attention_jvp_bwd_q(
+    dq, g, q, k, v, tq, tk, tv, tmask, lse_ptr, delta_ptr, mu_ptr, omega_ptr, extras, about,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
+    batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
+    tiles = tl.cdiv(L, BLOCK_M)
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = matrix // heads, matrix % heads
+    i = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if WIDE:
+        i = i.to(tl.int64)
+    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    k = head_of(k, batch, head // group, batch_shape)
+    v = head_of(v, batch, head // group, batch_shape)
+    tk = head_if(tk, batch, head // group, batch_shape)
+    tv = head_if(tv, batch, head // group, batch_shape)
+    mask = head_if(mask, batch, head, batch_shape)
+    tmask = head_if(tmask, batch, head, batch_shape)
+    queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
+    grads = tile(head_of(g, batch, head, batch_shape), i, cv, L, DV)
+    if tq is not None:
+        tqueries = tile(head_of(tq, batch, head, batch_shape), i, c, L, D)
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    slope = number_of(slopes, batch, head, batch_shape, ACC)
+    lse = finite(vector(lse_ptr, matrix, i, L))
+    delta = vector(delta_ptr, matrix, i, L)
+    mu = vector(mu_ptr, matrix, i, L)
+    omega = vector(omega_ptr, matrix, i, L)
+
+    lo, hi, at = seen(i, L, S, down, up, segments)
+    first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for edges in tl.static_range(2):
+        count = end - first - (inner_end - inner) if edges else inner_end - inner
+        for step in range(0, count):
+            block = inner + step
+            if edges:
+                block = tl.where(
+                    first + step < inner, first + step, inner_end + step - inner + first
+                )
+            j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            ENDS = S if edges else None
+            keys = tile(k, j, c, ENDS, D)
+            inside = ((i < L)[:, None] & (j < S)[None, :]) if edges else None
+            s, steep, bent = scores(
+                product(queries, keys, PRECISION), i[:, None], j[None, :],
+                at[:, None] - j[None, :], mask, slope, scale, softcap, inside,
+            )  # fmt: skip
+            p = exponential(s, lse[:, None], FAST)
+            if edges:
+                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
+            y = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            if tq is not None:
+                y = dot(tqueries, tl.trans(keys), y, PRECISION)
+            if tk is not None:
+                tkeys = tile(tk, j, c, ENDS, D)
+                y = dot(queries, tl.trans(tkeys), y, PRECISION)
+            y *= scalar(scale, ACC)
+            t = y * steep
+            if tmask is not None:
+                t += addend(tmask, i[:, None], j[None, :], inside).to(ACC)
+            e = product(grads, tile(v, j, cv, ENDS, DV), PRECISION)
+            if seed_ptr is not None:
+                keep = kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
+                e *= keep
+            e -= delta[:, None]
+            w = (t - mu[:, None]) * e - omega[:, None]
+            if tv is not None:
+                f = product(grads, tile(tv, j, cv, ENDS, DV), PRECISION)
+                if seed_ptr is not None:
+                    f *= keep
+                w += f
+            r = p * e
+            dz = p * w * steep
+            if softcap is not None:
+                dz += r * bent * y
+            acc = dot(dz.to(keys.dtype), keys, acc, PRECISION)
+            if tk is not None:
+                acc = dot((r * steep).to(tkeys.dtype), tkeys, acc, PRECISION)
+    put(head_of(dq, batch, head, batch_shape), acc * scalar(scale, ACC), i, c, L, D)
+
+
+@triton.jit
+def attention_jvp_bwd_kv(
+    dk, dv, g, q, k, v, tq, tk, tv, tmask, lse_ptr, delta_ptr, mu_ptr, omega_ptr, extras, about,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Blocks of pairs are keys by queries, as in `attention_bwd_kv`."""
+    mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
+    batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
+    tiles = tl.cdiv(S, BLOCK_N)
+    shared = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, key_head = shared // (heads // group), shared % (heads // group)
+    j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    if WIDE:
+        j = j.to(tl.int64)
+    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    keys = tile(head_of(k, batch, key_head, batch_shape), j, c, S, D)
+    values = tile(head_of(v, batch, key_head, batch_shape), j, cv, S, DV)
+    if tk is not None:
+        tkeys = tile(head_of(tk, batch, key_head, batch_shape), j, c, S, D)
+    if tv is not None:
+        tvalues = tile(head_of(tv, batch, key_head, batch_shape), j, cv, S, DV)
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+
+    lo, hi, at = seen(j, S, L, up, down, segments)
+    first, inner, inner_end, end = walk(lo, hi, BLOCK_M)
+    dkeys = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dvalues = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
+    for member in range(0, group):
+        head = key_head * group + member
+        matrix = batch * heads + head
+        queries_of = head_of(q, batch, head, batch_shape)
+        tqueries_of = head_if(tq, batch, head, batch_shape)
+        grads_of = head_of(g, batch, head, batch_shape)
+        mask_here = head_if(mask, batch, head, batch_shape)
+        tmask_here = head_if(tmask, batch, head, batch_shape)
+        slope = number_of(slopes, batch, head, batch_shape, ACC)
+        for edges in tl.static_range(2):
+            count = end - first - (inner_end - inner) if edges else inner_end - inner
+            for step in range(0, count):
+                block = inner + step
+                if edges:
+                    block = tl.where(
+                        first + step < inner, first + step, inner_end + step - inner + first
+                    )
+                i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+                ENDS = L if edges else None
+                queries = tile(queries_of, i, c, ENDS, D)
+                grads = tile(grads_of, i, cv, ENDS, DV)
+                inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
+                s, steep, bent = scores(
+                    product(keys, queries, PRECISION), i[None, :], j[:, None],
+                    at[:, None] - i[None, :], mask_here, slope, scale, softcap, inside,
+                )  # fmt: skip
+                p = exponential(s, finite(vector(lse_ptr, matrix, i, L))[None, :], FAST)
+                if edges:
+                    p = tl.where((i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None]), p, 0)
+                y = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+                if tq is not None:
+                    tqueries = tile(tqueries_of, i, c, ENDS, D)
+                    y = dot(keys, tl.trans(tqueries), y, PRECISION)
+                if tk is not None:
+                    y = dot(tkeys, tl.trans(queries), y, PRECISION)
+                y *= scalar(scale, ACC)
+                x = y * steep - vector(mu_ptr, matrix, i, L)[None, :]
+                if tmask is not None:
+                    x += addend(tmask_here, i[None, :], j[:, None], inside).to(ACC)
+                e = product(values, grads, PRECISION)
+                px = p * x
+                if seed_ptr is not None:
+                    keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
+                    e *= keep
+                    px *= keep
+                dvalues = dot(px.to(grads.dtype), grads, dvalues, PRECISION)
+                e -= vector(delta_ptr, matrix, i, L)[None, :]
+                w = x * e - vector(omega_ptr, matrix, i, L)[None, :]
+                if tv is not None:
+                    f = product(tvalues, grads, PRECISION)
+                    if seed_ptr is not None:
+                        f *= keep
+                    w += f
+                r = p * e
+                dz = p * w * steep
+                if softcap is not None:
+                    dz += r * bent * y
+                dkeys = dot(dz.to(queries.dtype), queries, dkeys, PRECISION)
+                if tq is not None:
+                    dkeys = dot((r * steep).to(tqueries.dtype), tqueries, dkeys, PRECISION)
+    put(head_of(dk, batch, key_head, batch_shape), dkeys * scalar(scale, ACC), j, c, S, D)
+    put(head_of(dv, batch, key_head, batch_shape), dvalues, j, cv, S, DV)
