@@ -236,7 +236,7 @@ def test_multihead_attention(masked: bool) -> None:
 # ------------------------------------------------------------------------------------- machine code
 
 
-SPILLS: dict[tuple[str, int], int] = {}
+SPILLS: dict[tuple[str, int], int] = {("attention_jvp_bwd_kv", 128): 368}
 """(kernel, head dimension) -> bytes a thread that it spills on sm_90 in bfloat16."""
 
 
