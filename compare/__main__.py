@@ -27,7 +27,7 @@ COMMANDS = {
 DEFAULT = "tritongrad.compare.correctness"
 
 # Optional dependencies, all of which the extra `compare` brings.
-EXTRA = ("matplotlib", "numpy", "rich")
+EXTRA = ("matplotlib", "numpy", "rich", "sklearn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
