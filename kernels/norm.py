@@ -27,7 +27,7 @@ from .reduction import locate
 TILE = 4096
 # Float32 numbers that a row may have, in a program of 512 threads of 128 registers: forward holds
 # x; backward x and g, and perhaps sums over rows; its gradient x, g and v, and perhaps such a sum.
-FORWARD, BACKWARD, SECOND = 32768, 16384, 8192
+FORWARD, BACKWARD, SECOND = 32768, 16384, 4096
 # Elements of a block of longer rows.
 LONG_BLOCK = 4096
 
