@@ -244,6 +244,23 @@ def poisson_log_input_full_bwd(g, x, y, scale):
 
 
 @triton.jit
+def gaussian_nll_loss(x, y, v, eps, constant):
+    d = x - y
+    v = tl.broadcast_to(at_least(v, eps), d.shape)
+    return (0.5 * (libdevice.log(v) + m.div(d * d, v)) + constant,)
+
+
+@triton.jit
+def gaussian_nll_loss_bwd(g, x, y, v, scale, eps, constant):
+    # Where v was raised to eps its gradient is that at eps.
+    g = 0.5 * g * scale
+    v = at_least(v, eps)
+    d = x - y
+    slope = m.div(g, v)
+    return slope * (2 * d), -slope * (2 * d), slope - g * m.div(m.div(d * d, v), v)
+
+
+@triton.jit
 def soft_margin_loss(x, y):
     return (libdevice.log1p(libdevice.exp(-y * x)),)
 

@@ -251,6 +251,7 @@ KEEPS_INPUTS = (
     "l1_loss",
     "smooth_l1_loss",
     "huber_loss",
+    "gaussian_nll_loss",
     "hinge_embedding_loss",
     "margin_ranking_loss",
     "triplet_margin_loss",

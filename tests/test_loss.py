@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from scenarios import gradients, launches, linked, small
+from support import DEVICE, Call, assert_same, derivatives
+from torch import Tensor
 
+import tritongrad
 from tritongrad.op import OPS
 from tritongrad.ops import criterion
+from tritongrad.sampling import Random, Sample
 
 LOSSES = [name for name, op in OPS.items() if op.forward is criterion.evaluate]
 
@@ -35,3 +43,28 @@ def test_weight_of_l1_loss() -> None:
         args, kwargs = call.arguments(call.inputs)
         del kwargs["weight"]
         assert not call.triton(*call.inputs).equal(call.func(*args, **kwargs)), str(call)
+
+
+def test_variance_below_eps() -> None:
+    """gaussian_nll_loss raises it to eps, where its slope stays; in forward mode it has none."""
+    inputs = [x.requires_grad_() for x in Random(torch.float64, DEVICE)(3, 4, requires_grad=False)]
+    inputs[2].data.copy_(torch.tensor([0.0, 0.3, 0.5, 0.7]))
+    call = Call(OPS["gaussian_nll_loss"], Sample(tuple(inputs), {"eps": 0.5}))
+    mine, torchs = (derivatives(f, call.inputs, torch.float64) for f in (call.triton, call.torch))
+    assert mine.gradient[2] is not None
+    assert mine.gradient[2].all()
+    assert_same(mine, torchs, str(call))
+
+    def mixed(f: Callable[..., Tensor]) -> Tensor:
+        by_variance = torch.func.grad(lambda v: f(*inputs[:2], v))
+        return torch.func.jacfwd(by_variance)(inputs[2])
+
+    assert_same(mixed(call.triton), mixed(call.torch), str(call))
+
+
+@pytest.mark.parametrize("var", [-1.0, [0.5, -1e-9]])
+def test_negative_variance(var: Any) -> None:
+    x = torch.zeros(2, device=DEVICE)
+    var = torch.tensor(var, device=DEVICE) if isinstance(var, list) else var
+    with tritongrad.use(), pytest.raises(ValueError, match=r"var has negative entry/entries"):
+        F.gaussian_nll_loss(x, x, var)

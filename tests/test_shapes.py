@@ -101,7 +101,7 @@ MADE_CONTIGUOUS = {
     "scaled_dot_product_attention",
 }
 
-REFUSES_NEGATIVE = {"binary_cross_entropy"}
+REFUSES_NEGATIVE = {"binary_cross_entropy", "gaussian_nll_loss"}
 
 
 def direct(call: Call, inputs: Sequence[Tensor]) -> Any:

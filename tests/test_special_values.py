@@ -322,7 +322,7 @@ NOT_COMPARED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
 }
 """(op, pattern) -> what of it is not compared with torch, and why."""
 
-DOMAIN = {"binary_cross_entropy": (0.0, 1.0, 0.5)}
+DOMAIN = {"binary_cross_entropy": (0.0, 1.0, 0.5), "gaussian_nll_loss": (0.0, inf, nan)}
 """Of ops that look at values and refuse some: the least and largest they take, and what for NaN."""
 
 

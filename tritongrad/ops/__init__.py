@@ -23,6 +23,7 @@ from . import embedding as embedding
 from . import embedding_bag as embedding_bag
 from . import extremum as extremum
 from . import gated as gated
+from . import likelihood as likelihood
 from . import linear as linear
 from . import linear_fused as linear_fused
 from . import linear_loss as linear_loss

@@ -5,7 +5,6 @@ The rules are torch's (derivatives.yaml and FunctionsManual.cpp), at kinks too.
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import torch
@@ -296,77 +295,6 @@ def bind_kl_div(
     return call
 
 
-# -------------------------------------------------------------------------------------- likelihoods
-
-
-_TAU = 2 * math.pi
-
-
-def _stirling(g: Tensor, y: Tensor) -> Tensor:
-    g = torch.where(y <= 1, 0.0, g)
-    # The middle is 0, and NaN where torch's is.
-    return g * torch.log(y) + (g * y / y - g) + 0.5 * g / (_TAU * y) * _TAU
-
-
-def _pushed_stirling(g: Tensor, y: Tensor) -> Tensor:
-    # Forward mode selects.
-    return torch.where(y <= 1, 0.0, g * (torch.log(y) + 0.5 / y))
-
-
-POISSON = Form(
-    ("x", "y"), k.poisson_nll_loss, k.poisson_nll_loss_bwd,
-    {
-        "x": lambda g, x, y, eps: g * (1 - y / (x + eps)),
-        "y": lambda g, x, eps: -g * torch.log(x + eps),
-    },
-    ("eps",),
-)  # fmt: skip
-POISSON_FULL = Form(
-    ("x", "y"), k.poisson_full, k.poisson_full_bwd,
-    {
-        "x": POISSON.rules["x"],
-        "y": lambda g, x, y, eps: -g * torch.log(x + eps) + _stirling(g, y),
-    },
-    ("eps",),
-    pushes={"y": lambda g, x, y, eps: -g * torch.log(x + eps) + _pushed_stirling(g, y)},
-)  # fmt: skip
-POISSON_LOG = Form(
-    ("x", "y"), k.poisson_log_input, k.poisson_log_input_bwd,
-    {"x": lambda g, x, y: g * (torch.exp(x) - y), "y": lambda g, x: -g * x},
-)  # fmt: skip
-POISSON_LOG_FULL = Form(
-    ("x", "y"), k.poisson_log_input_full, k.poisson_log_input_full_bwd,
-    {
-        "x": POISSON_LOG.rules["x"],
-        "y": lambda g, x, y: -g * x + _stirling(g, y),
-    },
-    pushes={"y": lambda g, x, y: -g * x + _pushed_stirling(g, y)},
-)  # fmt: skip
-
-
-def bind_poisson_nll(
-    input: Tensor,
-    target: Tensor,
-    log_input: bool = True,
-    full: bool = False,
-    size_average: bool | None = None,
-    eps: float = 1e-8,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Call:
-    modern(size_average, reduce)
-    if type(log_input) is not bool or type(full) is not bool or not is_number(eps):
-        raise Unsupported(f"log_input={log_input!r}, full={full!r}, eps={eps!r}")
-    if log_input:
-        form = POISSON_LOG_FULL if full else POISSON_LOG
-    else:
-        form = POISSON_FULL if full else POISSON
-    # torch computes the logarithm of counts in the default dtype.
-    integral = None if full else 1
-    numbers = () if log_input else (eps,)
-    return read(form, (input, target), reduction, numbers=numbers, integral=integral)
-
-
 # -------------------------------------------------------------------------------------------- TABLE
 
 _unit = (0.05, 0.95)
@@ -404,8 +332,4 @@ loss(
 loss(
     "kl_div", F.kl_div, bind=bind_kl_div, form=KL,
     samples=samples_of((-2.0, -0.1), _unit, log_target=(True,)), ambient=object,  # it warns
-)  # fmt: skip
-loss(
-    "poisson_nll_loss", F.poisson_nll_loss, bind=bind_poisson_nll, form=POISSON_LOG,
-    samples=samples_of((0.1, 2.0), (0.1, 3.0), log_input=(False,), full=(True,)),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,8 +26,8 @@ Call = tuple[Tensors, Params]
 INTEGRAL_TARGETS = frozenset((torch.int16, torch.int32, torch.int64))
 """dtypes of class labels and counts that losses of floating-point targets take as well."""
 
-WEIGHTS = frozenset("pw")
-"""Inputs that may be absent: the weight of what is positive, and the weight."""
+WEIGHTS = {"p": 1.0, "w": 1.0}
+"""Inputs that may be absent, the weight of what is positive, and the weight; and what they are."""
 
 REDUCTIONS = frozenset(("none", "mean", "sum"))
 WITH_BATCHMEAN = REDUCTIONS | {"batchmean"}
@@ -42,20 +42,22 @@ def read(
     integral: int | None = None,
     by_weight: bool = False,
     reductions: frozenset[str] = REDUCTIONS,
+    absent: Mapping[str, Number] = WEIGHTS,
 ) -> tuple[Tensors, Params]:
     """The canonical call of a loss.
 
     Args:
-        tensors: of all inputs of the op, None for a weight that is absent: 1.
+        tensors: of all inputs of the op, None for one that is absent.
         integral: place of the tensor that may be integral, in which case it has no gradient.
         by_weight: whether the mean divides by the sum of the weights.
         reductions: those that torch has of this loss.
+        absent: the numbers in the places of inputs that may be absent.
     """
     if type(reduction) is not str or reduction not in reductions:
         raise Unsupported(f"reduction={reduction!r}")
     first = tensors[0]
     for i, (n, t) in enumerate(zip(form.inputs, tensors, strict=True)):
-        if t is None and n in WEIGHTS:
+        if t is None and n in absent:
             continue
         if not isinstance(t, Tensor) or not isinstance(first, Tensor):
             raise Unsupported(f"a {type(t).__name__} in a tensor's place")
@@ -71,13 +73,17 @@ def read(
     if any(type(n) not in (int, float) for n in numbers):
         raise Unsupported("a parameter that is not a number")
     shapes = tuple([t if t is None else t.shape for t in tensors])
-    return tensors, _params(form, shapes, first.dtype, reduction, numbers, by_weight)
+    scalars = tuple(
+        [absent[n] if t is None else None for n, t in zip(form.inputs, tensors, strict=True)]
+    )
+    return tensors, _params(form, shapes, scalars, first.dtype, reduction, numbers, by_weight)
 
 
 @lru_cache(maxsize=4096)
 def _params(
     form: Form,
     shapes: tuple[torch.Size | None, ...],
+    scalars: tuple[Number | None, ...],
     result: torch.dtype,
     reduction: str,
     numbers: tuple[Number, ...],
@@ -96,7 +102,6 @@ def _params(
     elif reduction == "batchmean" and present[0]:
         divisor = present[0][0]
     by_weight = by_weight and reduction == "mean"
-    scalars = tuple([1.0 if s is None else None for s in shapes])
     return Params(form, scalars, numbers, dims, divisor, by_weight, result)
 
 
