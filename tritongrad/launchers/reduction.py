@@ -165,7 +165,7 @@ def _plan(
     length = reduced_sizes[0] if runs else columns
     several = len(reduction.identity) > 1
     tile = (k.TILE_BYTES // 2 if several else k.TILE_BYTES) // COMPUTE_DTYPE[element].itemsize
-    if _along_rows(kept_strides, reduced_strides):
+    if along_rows(kept_strides, reduced_strides):
         block_columns = min(next_power_of_two(length), tile)
         block_rows = min(next_power_of_two(rows), tile // block_columns)
     else:
@@ -217,7 +217,7 @@ def _plan(
     return Plan(result, result_strides, geometry, rows, grid, parts, meta, tuple(dtypes), ((), ()))
 
 
-def _along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]]) -> bool:
+def along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]]) -> bool:
     """Whether the fastest reduced dimension moves faster in memory than the fastest kept one."""
     for a, b in zip(kept, reduced, strict=False):
         if a[0] and b[0]:

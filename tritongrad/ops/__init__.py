@@ -40,6 +40,7 @@ from . import softmax as softmax
 from . import softmax_calls as softmax_calls
 from . import tensor_product as tensor_product
 from . import totals as totals
+from . import triplet as triplet
 from . import vector_norm as vector_norm
 
 
