@@ -74,6 +74,26 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
         return F.scaled_dot_product_attention(*args, **kwargs)
 
 
+def _gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """torch's definition, without the test of values."""
+    var = var.clone() if isinstance(var, Tensor) else torch.full_like(input, var)
+    if input.shape[:-1] == var.shape:
+        var = var.unsqueeze(-1)
+    with torch.no_grad():
+        var.clamp_(min=eps)
+    loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return loss if reduction == "none" else getattr(loss, reduction)()
+
+
 STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     # torch's has no second derivative, and its first is float32's 1 / 6 in float64 too.
     F.hardsigmoid: lambda input: torch.where(
@@ -92,6 +112,8 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.special.ndtr: lambda input: 0.5 * torch.erfc(-math.sqrt(0.5) * input),
     # torch's other backends have no second derivative and no forward mode.
     F.scaled_dot_product_attention: _attention,
+    # torch's looks for negative variances, which it cannot under transforms.
+    F.gaussian_nll_loss: _gaussian_nll_loss,
 }
 """torch function -> what is compared with in its place: the same, composed of other functions."""
 

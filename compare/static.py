@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,13 +33,18 @@ DTYPES = {dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float1
 
 @dataclass(frozen=True)
 class Vector:
-    """A kernel that must move aligned, dense data 16 bytes at a time, and why; ``broadcasts``: not
-    each of its operands is dense."""
+    """A kernel that must move aligned, dense data 16 bytes at a time, and why.
+
+    Attributes:
+        broadcasts: not each of its operands is dense.
+        where: constants of the specialisations that must, others being for other layouts.
+    """
 
     reason: str
     loads: bool = True
     stores: bool = True
     broadcasts: bool = False
+    where: Mapping[str, str] = field(default_factory=dict)
 
 
 VECTORISED: dict[str, Vector] = {
@@ -52,6 +57,17 @@ VECTORISED: dict[str, Vector] = {
     "norm_fwd": Vector("it reads and writes every row once", stores=False, broadcasts=True),
     "norm_bwd": Vector("as its forward", stores=False, broadcasts=True),
     "rowwise": Vector("it reads and writes every element once, and does little else"),
+    # A tile of one row: the row is contiguous, and at least as long as the tile.
+    "reduce": Vector(
+        "it reads every element once, and does little else",
+        stores=False,
+        where={"RUNS": "True", "BLOCK_ROWS": "1"},
+    ),
+    "row_loss": Vector(
+        "it reads every element once, and does little else",
+        stores=False,
+        where={"BLOCK_ROWS": "1"},
+    ),
 }
 
 
@@ -101,6 +117,8 @@ def _faults(specialisation: Specialisation, target: str, code: Code) -> Iterator
     if vector is None or not specialisation.vectorisable or TARGETS[target].backend != "cuda":
         return
     if code.wide_loads is None:  # no listing was read
+        return
+    if vector.where.items() - specialisation.constexprs.items():
         return
     # Nor has a thread 16 bytes of bools: of a comparison to store, or of a mask to load where that
     # is the one operand that is not broadcast.

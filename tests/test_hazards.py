@@ -254,6 +254,7 @@ KEEPS_INPUTS = (
     "gaussian_nll_loss",
     "hinge_embedding_loss",
     "margin_ranking_loss",
+    "cosine_embedding_loss",
     "triplet_margin_loss",
     "cross_entropy",
     "rope",  # of which torch keeps two views

@@ -204,6 +204,17 @@ def test_lost_vectors_are_a_fault(
     assert not static.judge(0, odd, "sm_90", answer("copy of odd length", "sm_90")).faults
 
 
+def test_vectors_are_for_some_layouts_alone(
+    answer: Answer, launches: dict[str, Specialisation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = Specialisation(launches["copy of odd length"].description, vectorisable=True)
+    for block, count in (("1024", 2), ("512", 0)):
+        planted = static.Vector("planted", where={"BLOCK": block})
+        monkeypatch.setitem(static.VECTORISED, "copy", planted)
+        row = static.judge(0, odd, "sm_90", answer("copy of odd length", "sm_90"))
+        assert len(row.faults) == count
+
+
 def test_too_much_shared_memory_is_a_fault(launches: dict[str, Specialisation]) -> None:
     code = Code(32, 0, 0, 228 * 1024, 1, 1)
     answer = vars(code) | {"signature": "", "num_warps": 4, "num_stages": 3}

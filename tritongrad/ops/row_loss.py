@@ -27,7 +27,7 @@ from ..op import BackwardParams, Bind, Needs, Op, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .criterion import FLOAT32
 from .loss_calls import INTEGRAL_TARGETS, REDUCTIONS, constant, modern
-from .rows import batch_all, gradients, logical_rank, reduce_to
+from .row_gradients import batch_all, gradients, logical_rank, reduce_to
 
 F = torch.nn.functional
 
