@@ -7,6 +7,8 @@ gradients and forward-mode derivatives, in every dtype, and every spelling of th
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -67,9 +69,21 @@ INFOS: dict[str, OpInfo] = {
 ENTRIES = [(op.name, entry) for op in OPS.values() for entry in op.opinfo]
 
 
+MOST = 100
+"""Samples of an entry that run, a random choice of those that have more; all with --every-op."""
+
+
+@pytest.fixture(autouse=True)
+def all_samples(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pytestconfig.getoption("every_op"):
+        monkeypatch.setitem(globals(), "MOST", sys.maxsize)
+
+
 def samples(entry: str, dtype: torch.dtype, requires_grad: bool) -> list[Sample]:
     """The entry's samples as calls of torch's function."""
-    found = INFOS[entry].sample_inputs(DEVICE, dtype, requires_grad=requires_grad)
+    found = list(INFOS[entry].sample_inputs(DEVICE, dtype, requires_grad=requires_grad))
+    if len(found) > MOST:
+        found = random.Random(0).sample(found, MOST)
     return [Sample((s.input, *s.args), s.kwargs, s.name) for s in found]
 
 
