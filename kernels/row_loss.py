@@ -61,6 +61,7 @@ def row_loss(
         inside = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row = (first + inside).to(program.dtype)
         row_mask = inside < rows
+        whole = row_mask[:, None]
         pointers = rows_of(ins, row, shape, in_strides)
         combined = identity
         for step in range(0, tl.cdiv(columns, BLOCK_COLUMNS)):
@@ -72,11 +73,10 @@ def row_loss(
                 offsets = offsets + ((column * column_strides[i])[None, :],)
             # Only the last tile has a mask of columns, which would cost the vector loads.
             if start + BLOCK_COLUMNS <= columns:
-                mask = row_mask[:, None]
-                value = mapped(pointers, offsets, (), mask, params, MAP, RESULT, COMPUTE)
+                value = mapped(pointers, offsets, (), whole, params, MAP, RESULT, COMPUTE)
             else:
                 column_mask = (column < columns)[None, :]
-                mask = row_mask[:, None] & column_mask
+                mask = whole & column_mask
                 loaded = mapped(pointers, offsets, (), mask, params, MAP, RESULT, COMPUTE)
                 value = ()
                 for i in tl.static_range(len(IDENTITY)):
