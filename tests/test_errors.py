@@ -22,7 +22,7 @@ from torch import Tensor
 
 import tritongrad
 from tritongrad.compare.parity import STAND_INS, seeded
-from tritongrad.dispatch import describe
+from tritongrad.dispatch import describe, positional
 from tritongrad.op import OPS, OVERLOADS, TARGETS, Bind
 from tritongrad.sampling import Sample, clone, tensors
 
@@ -73,7 +73,8 @@ def parameters(name: str) -> list[str]:
 
 def places(name: str, sample: Sample) -> Iterator[tuple[str, int | str, Any]]:
     """Each argument of a call: its name, its position or keyword, its value."""
-    for i, (argument, value) in enumerate(zip(parameters(name), sample.args, strict=False)):
+    names = positional(bind_of(name), len(sample.args))
+    for i, (argument, value) in enumerate(zip(names, sample.args, strict=True)):
         yield argument, i, value
     for argument, value in sample.kwargs.items():
         yield argument, argument, value

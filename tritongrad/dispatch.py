@@ -149,13 +149,20 @@ def describe(bind: Bind, args: tuple, kwargs: dict[str, Any]) -> str:
         text = repr(value)
         return text if len(text) <= 60 else text[:57] + "..."
 
-    parameters = inspect.signature(bind).parameters.values()
-    names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    pairs = [
-        (names[i] if i < len(names) else f"argument {i + 1}", value) for i, value in enumerate(args)
-    ]
-    pairs += list(kwargs.items())
+    pairs = [*zip(positional(bind, len(args)), args, strict=True), *kwargs.items()]
     return ", ".join(f"{name}={show(value)}" for name, value in pairs)
+
+
+def positional(bind: Bind, count: int) -> list[str]:
+    """Names of the first ``count`` positional arguments of ``bind``: ``matrices[1]`` for one of a
+    variable number, ``argument 4`` for one too many."""
+    parameters = inspect.signature(bind).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    further = count - len(names)
+    for p in parameters:
+        if p.kind is p.VAR_POSITIONAL:
+            names += [f"{p.name}[{i}]" for i in range(further)]
+    return [*names, *[f"argument {i + 1}" for i in range(len(names), count)]][:count]
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,7 +80,9 @@ def attention(
         ones = torch.ones(shape, dtype=torch.float32, device=query.device)
         keep = F.dropout(ones, dropout_p).to(torch.promote_types(query.dtype, torch.float32))
     # In the inputs' dtype and float32, as the kernels: autocast would round lse.
-    with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    casts = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if casts else nullcontext():
         return formulas.value(options, inputs, keep)
 
 
@@ -286,6 +289,12 @@ def _more_samples(make: Make) -> Iterator[Sample]:
     yield Sample(qkv(1, 19, 35), {"window": (3, 0)}, "past one block")
 
 
+def _bench(make: Make, size: Any) -> Sample:
+    """Causal, 16 heads of 128, a batch of as many tokens at each length."""
+    shape = (max(2**14 // size.length, 1), 16, size.length, 128)
+    return Sample((make(*shape), make(*shape), make(*shape)), {"is_causal": True})
+
+
 # ------------------------------------------------------------------------------------------- TABLE
 
 
@@ -315,6 +324,7 @@ def _make(name: str, *targets: Any, **fields: Any) -> Op:
         formula=calculus.GRADIENT.formula,
         sources="kernels/attention.py",
         cost=_cost,
+        bench=_bench,
         **fields,
     )
     return register(op)
