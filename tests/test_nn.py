@@ -1,15 +1,96 @@
-"""``tritongrad.nn``: torch's modules on our ops."""
+"""``tritongrad.nn``: torch's modules on our ops, against torch's own on its ModuleInfo samples."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
-from support import DEVICE, assert_same
-from torch import nn
+from support import DEVICE, assert_same, flatten, floats, random_like
+from torch import Tensor, nn
+from torch.testing._internal.common_modules import ModuleInfo, module_db
 
 import tritongrad
+from tritongrad.reroute import HARMLESS
+
+NO_KERNEL = (
+    "Conv", "Pool", "RNN", "GRU", "LSTM", "CTCLoss", "MultiLabelMarginLoss", "MultiMarginLoss",
+    "Bilinear", "LocalResponseNorm",
+)  # fmt: skip
+"""What names of modules that run on torch, all or the most of them, have in them."""
+
+MODULES = {
+    info.name: info
+    for info in module_db
+    if not any(part in info.name for part in NO_KERNEL) and "Pad" not in info.name
+}
+"""Those that we have the ops of; padding moves data, no more."""
+
+ALLOWED = HARMLESS | {
+    "in-place",  # counts of batches, masks
+    "integer result",  # masks of decoders, labels
+    "nothing to normalise",
+    "options, which choose torch's own pieces",
+}
+
+MOST = 5
+"""Samples of each module, an even selection: of some torch has a thousand, and those of the ops are
+in test_opinfo.py."""
+
+
+def runs(info: ModuleInfo, training: bool) -> Iterator[tuple[nn.Module, nn.Module, Any]]:
+    """Samples of the module: torch's module, ours with the same state, and its inputs."""
+    samples = info.module_inputs_func(
+        info, device=DEVICE, dtype=torch.float64, requires_grad=True, training=training
+    )
+    samples = [sample for sample in samples if sample.forward_input is not None]
+    for sample in samples[:: -(-len(samples) // MOST)]:
+        arguments, keywords = sample.constructor_input.args, sample.constructor_input.kwargs
+        theirs = info.module_cls(*arguments, **keywords).to(DEVICE, torch.float64).train(training)
+        own = getattr(tritongrad.nn, info.module_cls.__name__)
+        ours = own(*arguments, **keywords).to(DEVICE, torch.float64).train(training)
+        ours.load_state_dict(theirs.state_dict())
+        yield theirs, ours, sample.forward_input
+
+
+def results(module: nn.Module, call: Any) -> Any:
+    """What the module returns, all gradients, and its state afterwards."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(leaf, value))
+        return value
+
+    args = [leaf(value) for value in call.args]
+    kwargs = {name: leaf(value) for name, value in call.kwargs.items()}
+    found = module(*args, **kwargs)
+    outputs = [out for out in floats(found) if out.requires_grad]
+    inputs = [t for t in floats([args, list(kwargs.values())]) if t.requires_grad]
+    inputs += list(module.parameters())
+    gradients: Any = ()
+    if outputs and inputs:
+        gradients = torch.autograd.grad(
+            outputs, inputs, random_like(outputs), allow_unused=True, materialize_grads=True
+        )
+    return flatten(found), gradients, list(module.state_dict().values())
+
+
+# torch's own, of a short way that the module's settings bar, and of options without effect.
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy. ``options`` ignored:UserWarning")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("name", MODULES)
+def test_module_equals_torchs(name: str, training: bool) -> None:
+    for theirs, ours, call in runs(MODULES[name], training):
+        with tritongrad.use() as session:
+            found = results(ours, call)
+        assert_same(found, results(theirs, call), f"{ours} of {call}")
+        assert {what for what in session.fell_back if what[1] not in ALLOWED} == set()
 
 
 def test_they_are_torchs_modules() -> None:
