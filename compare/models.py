@@ -19,6 +19,7 @@ from rich.table import Table
 
 from tritongrad import use
 
+from .attentive import ATTENTIVE
 from .classifiers import CLASSIFIERS
 from .measure import arithmetic_on_torch
 from .networks import NETWORKS, Model
@@ -36,7 +37,7 @@ STEPS = 20
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative difference of a loss: the curves start from the same parameters."""
 
-MODELS: dict[str, Model] = NETWORKS | CLASSIFIERS
+MODELS: dict[str, Model] = NETWORKS | CLASSIFIERS | ATTENTIVE
 
 
 @dataclass

@@ -168,3 +168,23 @@ def test_one_value_for_each_channel_is_refused(shape: tuple[int, ...]) -> None:
     x = Random(torch.float32, DEVICE)(*shape)
     with tritongrad.use(), pytest.raises(ValueError, match="Expected more than 1 value"):
         F.batch_norm(x, None, None, training=True)
+
+
+def test_reverse_over_forward_is_that_of_the_formula() -> None:
+    """torch's own is wrong: of the two, ours agrees with the composition of elementary functions."""
+    x, tangent, w, b = (
+        Random(torch.float64, DEVICE)(*shape) for shape in ((3, 4), (3, 4), (4,), (4,))
+    )
+
+    def composed(x: Tensor, shape: Any, w: Tensor, b: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w + b
+
+    def slopes(norm: Callable[..., Tensor]) -> Any:
+        y, slope = torch.func.jvp(lambda x: norm(x, (4,), w, b), (x,), (tangent.detach(),))
+        return torch.autograd.grad((y - slope).square().sum(), (x, w, b))
+
+    expected = slopes(composed)
+    with tritongrad.use() as session:
+        assert_same(slopes(F.layer_norm), expected)
+    assert session.ran["layer_norm"]
