@@ -171,7 +171,7 @@ def test_one_value_for_each_channel_is_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_reverse_over_forward_is_that_of_the_formula() -> None:
-    """torch's own is wrong: of the two, ours agrees with the composition of elementary functions."""
+    """torch's own is wrong; ours agrees with the composition of elementary functions."""
     x, tangent, w, b = (
         Random(torch.float64, DEVICE)(*shape) for shape in ((3, 4), (3, 4), (4,), (4,))
     )
