@@ -84,7 +84,7 @@ def _gaussian_nll_loss(
 ) -> Tensor:
     """torch's definition, without the test of values."""
     var = var.clone() if isinstance(var, Tensor) else torch.full_like(input, var)
-    if input.shape[:-1] == var.shape:
+    if var.shape != input.shape and input.shape[:-1] == var.shape:
         var = var.unsqueeze(-1)
     with torch.no_grad():
         var.clamp_(min=eps)

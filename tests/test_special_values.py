@@ -304,8 +304,25 @@ NOT_COMPARED: dict[tuple[str, str], tuple[tuple[str, ...], str]] = {
             DERIVED,
             "of an infinite weight: infinities of both signs meet by the order of the terms",
         )
-        for name in ("layer_norm", "add_layer_norm")
+        for name in ("layer_norm", "add_layer_norm", "group_norm")
     },
+    **{
+        (name, "all equal"): (
+            SECOND,
+            "what differs from the mean is rounding, which the eps ** -1.5 of the slopes magnifies",
+        )
+        for name in ("group_norm", "instance_norm", "batch_norm")
+    },
+    **{
+        (name, pattern): (
+            ALWAYS,
+            "of an infinite weight, with the mean times which torch shifts, as ours: NaN where the "
+            "definition that stands in for torch has an infinity",
+        )
+        for name in ("instance_norm", "batch_norm")
+        for pattern in ("infinite and zero", "both infinite")
+    },
+    ("group_norm", "large"): (ALWAYS, "the variance overflows: 0, as the definition; torch: NaN"),
     **{
         (name, pattern): (ALWAYS, _HIDDEN)
         for name in ("scaled_dot_product_attention", "attention")
