@@ -57,17 +57,6 @@ VECTORISED: dict[str, Vector] = {
     "norm_fwd": Vector("it reads and writes every row once", stores=False, broadcasts=True),
     "norm_bwd": Vector("as its forward", stores=False, broadcasts=True),
     "rowwise": Vector("it reads and writes every element once, and does little else"),
-    # A tile of one row: the row is contiguous, and at least as long as the tile.
-    "reduce": Vector(
-        "it reads every element once, and does little else",
-        stores=False,
-        where={"RUNS": "True", "BLOCK_ROWS": "1"},
-    ),
-    "row_loss": Vector(
-        "it reads every element once, and does little else",
-        stores=False,
-        where={"BLOCK_ROWS": "1"},
-    ),
 }
 
 

@@ -406,12 +406,23 @@ def test_multiplication_compiles_and_vectorises(tmp_path: Path) -> None:
 ELSEWHERE = {"scaled_dot_product_attention", "attention"}
 """Ops of kernels that take minutes to compile in all tiles: of each one is in test_attention.py."""
 
+LATER = frozenset(
+    """
+    add_layer_norm add_rms_norm batch_norm cosine_embedding_loss cross_entropy embedding
+    embedding_bag gaussian_nll_loss geglu glu group_norm gumbel_softmax instance_norm layer_norm
+    linear_act linear_add linear_cross_entropy nll_loss reglu rms_norm rope softmin swiglu
+    triplet_margin_loss
+    """.split()  # noqa: SIM905
+)
+"""Ops whose kernels have not been seen compiled for all four targets yet: with --every-op, and by
+`make static`. What their own tests compile, they compile in each run."""
+
 
 @functools.cache
-def collected() -> list[Specialisation]:
+def collected(every_op: bool) -> list[Specialisation]:
     collection = specialisations.Collection()
     for op in OPS.values():
-        if op.name in ELSEWHERE:
+        if op.name in ELSEWHERE or (op.name in LATER and not every_op):
             continue
         # As they are, and in two sizes that a GPU sees.
         collection.add(op, [torch.float32], lambda dtype: list(specialisations.sizes(dtype))[:3])
@@ -424,9 +435,13 @@ PARTS = 4  # so that no worker is left with minutes of compiling when the others
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", disassembly.TARGETS)
-def test_every_op_compiles_without_spills(target: str, part: int) -> None:
+def test_every_op_compiles_without_spills(
+    target: str, part: int, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each kernel with each of its functions; all tiles and dtypes are for `make static`."""
-    wanted = collected()[part::PARTS]
+    # Nothing is computed, so no memory need be filled.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    wanted = collected(pytestconfig.getoption("every_op"))[part::PARTS]
     # One target of each maker has all functions, and its instructions looked at; the others those
     # of one op of each mechanism. `make static` has all on all.
     listing = target in ("sm_90", "gfx942")
