@@ -97,6 +97,9 @@ def options(sample: Sample) -> str:
 
 
 AT_NAN = "torch's first derivative hands the gradient on, its second and its tangent are 0"
+BY_PLACE = (
+    "torch's vector code has NaN where its scalar code hands the gradient on (test_nan_alone)"
+)
 
 LEFT_OUT = {
     "fmod": ((TINY / 4, -LEAST, HUGE, -HUGE), "torch's vector code has NaN for a large quotient"),
@@ -111,6 +114,7 @@ LEFT_OUT = {
         ("glu", "geglu", "reglu"),
         ((HUGE, -HUGE), "products of three overflow, or do not, by the order of multiplication"),
     ),
+    **dict.fromkeys(("elu", "selu", "celu", "hardswish"), ((nan,), BY_PLACE)),
     "hardtanh": ((nan,), AT_NAN),
     "relu6": ((nan,), AT_NAN),
     "hardshrink": ((nan,), AT_NAN),
@@ -160,6 +164,14 @@ def special_calls(name: str) -> Iterator[Call]:
 def test_pointwise(name: str) -> None:
     for call in special_calls(name):
         assert_agrees(call.triton, call.torch, call.inputs, str(call))
+
+
+@pytest.mark.parametrize("name", [n for n, (_, why) in LEFT_OUT.items() if why == BY_PLACE])
+def test_nan_alone(name: str) -> None:
+    """Of one number torch uses its scalar code."""
+    for call in distinct(name):
+        alone = with_inputs(call, [torch.tensor([nan], dtype=torch.float64, device=DEVICE)])
+        assert_agrees(alone.triton, alone.torch, alone.inputs, str(alone))
 
 
 @pytest.mark.parametrize("name", POINTWISE)
