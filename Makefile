@@ -69,6 +69,14 @@ host: install ## time what a call costs on the host, without the kernel
 bench: install ## time every op on a GPU, beside torch and other libraries
 	$(BIN)/python -m compare bench $(ARGS)
 
+.PHONY: sanitize
+sanitize: install ## the tests of hazards on a GPU, watched by compute-sanitizer
+	$(BIN)/python -m compare sanitize $(ARGS)
+
+.PHONY: gpu
+gpu: install ## all that waits for a GPU: tests, sanitize, bench as far as time goes, report
+	$(BIN)/python -m compare gpu $(ARGS)
+
 .PHONY: report
 report: install ## pictures and tables of what bench measured
 	$(BIN)/python -m compare report $(ARGS)

@@ -18,6 +18,11 @@ COMMANDS = {
         "time every op on a GPU, beside torch and other libraries",
     ),
     "report": ("tritongrad.compare.report", "pictures and tables of what was measured"),
+    "sanitize": (
+        "tritongrad.compare.sanitize",
+        "the tests of hazards, watched by compute-sanitizer",
+    ),
+    "gpu": ("tritongrad.compare.gpu", "all that waits for a GPU: tests, sanitizers, bench, report"),
     "models": ("tritongrad.compare.models", "train small models on our kernels and on torch"),
     "ops": ("tritongrad.compare.contract", "what each op promises"),
     "doctor": ("tritongrad.doctor", "what this machine has, and what is wrong with it"),

@@ -30,7 +30,7 @@ from .phases import PHASES
 from .results import STATUSES, Log, Row, environment, read
 from .tasks import Task, crashed, remaining
 from .terminal import add_json_option, choose, make_console, plural, write_json
-from .worker import Gone, Worker, compile_ahead, serve
+from .worker import GRACE, Gone, Worker, compile_ahead, serve
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Suite:
     Attributes:
         sizes: names of sizes; with ``rows``, functions of rows have further ones.
         seconds: about how long each phase of a task is timed for.
-        budget: seconds after which no task is begun.
+        budget: seconds after which no task is begun; GRACE later, one that is not done is cut off.
     """
 
     about: str
@@ -82,11 +82,12 @@ SUITES = {
 }  # fmt: skip
 
 NO_GPU = """\
-compare bench needs a GPU, and {why}. Without one:
+{command} needs a GPU, and {why}. Without one:
   python -m compare           correctness of every op, in Triton's interpreter
   python -m compare static    registers, spills, 16-byte loads, tensor cores, compiled for four GPUs
   python -m compare host      what a call costs beside its kernels
-On a machine with a GPU: python -m compare bench --suite quick; then python -m compare report"""
+On a machine with a GPU: python -m compare bench --suite quick; then python -m compare report;
+or all of it, tests first: python -m compare gpu"""
 
 
 def plan(suite: str, names: Sequence[str], sizes: dict[str, workloads.Size]) -> Iterator[Task]:
@@ -160,18 +161,18 @@ class Run:
         done = self.log.done(self.suite)
         tasks_left = [t for task in self.planned if (t := remaining(task, done)) is not None]
         for position, task in enumerate(tasks_left):
-            if self.clock() - start > self.budget:
+            if self.clock() - start > self.budget or not self._do(task, start):
                 self.left = len(tasks_left) - position
                 return
-            self._do(task)
 
-    def _do(self, task: Task) -> None:
-        """One task, again without what took the worker down until it is done."""
+    def _do(self, task: Task, start: float) -> bool:
+        """One task, again without what took the worker down until it is done. Answers whether there
+        was time for all of it."""
         while True:
             self._ensure_worker()
             at = next(pair for pair in task.pairs if pair not in task.skip)
             try:
-                for message in self.worker.ask(asdict(task)):
+                for message in self.worker.ask(asdict(task), self._until(start)):
                     if "at" in message:
                         at = (message["at"][0], message["at"][1])
                     else:
@@ -180,14 +181,20 @@ class Run:
                         task = replace(
                             task, skip=task.skip + tuple((r.phase, r.implementation) for r in rows)
                         )
-                return
+                return True
             except Gone as problem:
                 self.worker.stop()
+                if self._until(start) <= 0:
+                    return False
                 if at not in task.skip:
                     self._write([crashed(task, at, str(problem))])
                     task = replace(task, skip=(*task.skip, at))
             if set(task.skip) >= set(task.pairs):
-                return
+                return True
+
+    def _until(self, start: float) -> float:
+        """Seconds until what is under way is cut off."""
+        return start + self.budget + GRACE - self.clock()
 
     def _ensure_worker(self) -> None:
         if self.worker.running:
@@ -259,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     why = why_no_gpu()
     if why is not None:
-        print(NO_GPU.format(why=why), file=sys.stderr)
+        print(NO_GPU.format(command="compare bench", why=why), file=sys.stderr)
         return 2
     if options.worker:
         answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

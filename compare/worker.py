@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import queue
 import subprocess
 import tempfile
@@ -24,6 +25,10 @@ from .tasks import Task
 from .timing import Floor
 
 Json = Any
+
+GRACE = 20.0
+"""Seconds for what is under way when the time for it is up; then it is cut off. What it has not
+measured by then, the same command measures next time."""
 
 SILENCE = 300.0  # seconds without a word from a worker, after which it hangs
 
@@ -130,12 +135,13 @@ class Worker:
         )
         self.gpu = self._read(SILENCE)["gpu"]
 
-    def ask(self, message: Json) -> Iterator[Json]:
+    def ask(self, message: Json, seconds: float = math.inf) -> Iterator[Json]:
         """Send a message, and yield what is said until it is done with.
 
         Raises:
-            Gone: the process did not live to the end of it.
+            Gone: the process did not live to the end of it, or it took longer than ``seconds``.
         """
+        end = time.monotonic() + seconds
         assert self._process is not None
         assert self._process.stdin is not None
         try:
@@ -143,7 +149,7 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Gone(self._last_words()) from None
-        while not (answer := self._read(self.silence)).get("end"):
+        while not (answer := self._read(min(self.silence, end - time.monotonic()))).get("end"):
             if "fatal" in answer:
                 raise Gone(answer["fatal"])
             yield answer
@@ -152,7 +158,7 @@ class Worker:
         process = self._process
         assert process is not None
         assert process.stdout is not None
-        clock = threading.Timer(silence, process.kill)
+        clock = threading.Timer(max(silence, 0.0), process.kill)
         clock.start()
         try:
             line = process.stdout.readline()
@@ -200,7 +206,7 @@ def compile_ahead(
             if not worker.running:
                 worker.start()
             own = replace(task, warm=True, implementations=(peers.OURS,), skip=())
-            for _ in worker.ask(asdict(own)):
+            for _ in worker.ask(asdict(own), end - time.monotonic() + GRACE):
                 pass
         except Gone:
             worker.stop()

@@ -1,25 +1,57 @@
 """A device for the harness of ``compare bench`` where there is no GPU: torch's CPU, and a clock of
-its own.
+its own; and rows that were measured nowhere.
 
 Run as a program it is a worker of ``compare bench`` on this device, with small sizes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tritongrad.compare import worker
+from tritongrad.compare import peers, worker
+from tritongrad.compare.results import Environment, Log, Moment, Row
 from tritongrad.compare.workloads import Size
+
+ABOUT = Environment(
+    gpu="Stub 9000", driver="1.2", cuda="13.0", torch="2.13", triton="3.7", tritongrad="0.1",
+    python="3.12", peers="", commit="0123456789ab", command="python -m compare bench",
+)  # fmt: skip
+TODAY = datetime.date(2030, 1, 2)
 
 SIZES = {
     "tiny": Size("tiny", 24, 6, 4, 4),
     "small": Size("small", 96, 12, 6, 8),
 }
+
+
+class Still:
+    """A sensor without a GPU, at a time that does not pass."""
+
+    def moment(self) -> Moment:
+        return Moment("2030-01-02T03:04:05+00:00", sm_mhz="1980", power_w="412.5")
+
+
+def row(**values: Any) -> Row:
+    own: dict[str, Any] = {
+        "suite": "quick", "op": "exp", "case": "2^20", "shape": "512x2048, 'a'", "dtype": "float32",
+        "phase": "forward", "implementation": peers.OURS, "status": "ok", "device_us": 12.5,
+        "host_us": 3.25, "repeats": 7, "bytes": 8 * 2**20, "fraction": 0.93,
+    }  # fmt: skip
+    return Row(**own | values)
+
+
+def log(folder: Path, **about: Any) -> Log:
+    opened = Log.open(dataclasses.replace(ABOUT, **about), folder, TODAY)
+    opened.sensor = Still()  # type: ignore[assignment]
+    return opened
 
 
 class Stub:

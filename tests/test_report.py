@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bench import ABOUT, TODAY, Still, log, row
+from stub_device import ABOUT, TODAY, Still, log, row
 
 from tritongrad import policy
 from tritongrad.compare import peers, plots, report

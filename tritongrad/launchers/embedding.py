@@ -20,11 +20,13 @@ NO_PADDING = -1
 
 
 def _blocks(columns: int, rows: int, itemsize: int) -> dict[str, int]:
-    """A tile: of the columns as many as a program takes, and rows to fill it."""
+    """A tile: of the columns as many as a program takes, and rows to fill it. Narrow tables have
+    fewer warps: of four, each thread would have one element, in a sixteenth of the registers."""
     tile = k.TILE * 4 // max(itemsize, 4)
     width = min(next_power_of_two(max(columns, 1)), k.MOST_COLUMNS)
     height = min(tile // width, k.MOST_ROWS, next_power_of_two(max(rows, 1)))
-    return {"BLOCK_ROWS": height, "BLOCK_COLUMNS": width}
+    warps = min(max(height * width // 256, 1), 4)
+    return {"BLOCK_ROWS": height, "BLOCK_COLUMNS": width, "num_warps": warps}
 
 
 def _tables(w: Tensor) -> tuple[int, int, int, tuple[int, ...]]:
