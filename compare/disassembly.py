@@ -115,10 +115,14 @@ def parse_amdgcn(assembly: str, shared_bytes: int) -> Code:
     tensor_core: dict[str, int] = {}
     for name in re.findall(r"^\s*(v_s?mfmac?)_", assembly, re.MULTILINE):
         tensor_core[name[2:]] = tensor_core.get(name[2:], 0) + 1
+    stack = metadata("private_segment_fixed_size")
+    # Scalar registers that do not fit are kept in lanes of vector registers: without a stack,
+    # nothing went through memory.
+    spilled = metadata("vgpr_spill_count") + metadata("sgpr_spill_count")
     return Code(
         registers=metadata("vgpr_count"),
-        stack_bytes=metadata("private_segment_fixed_size"),
-        spill_bytes=4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count")),
+        stack_bytes=stack,
+        spill_bytes=4 * spilled if stack else 0,
         shared_bytes=shared_bytes,
         wide_loads=count(r"(?:global|buffer|flat)_load_dwordx4"),
         wide_stores=count(r"(?:global|buffer|flat)_store_dwordx4"),

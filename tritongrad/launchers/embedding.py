@@ -20,8 +20,8 @@ NO_PADDING = -1
 
 
 def _blocks(columns: int, rows: int, itemsize: int) -> dict[str, int]:
-    """A tile: of the columns as many as a program takes, and rows to fill it. Narrow tables have
-    fewer warps: of four, each thread would have one element, in a sixteenth of the registers."""
+    """A tile: of the columns as many as a program takes, and rows to fill it. Of a narrow table,
+    fewer than four warps: a thread of those has one element, and the compiler too few registers."""
     tile = k.TILE * 4 // max(itemsize, 4)
     width = min(next_power_of_two(max(columns, 1)), k.MOST_COLUMNS)
     height = min(tile // width, k.MOST_ROWS, next_power_of_two(max(rows, 1)))

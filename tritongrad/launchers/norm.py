@@ -172,7 +172,9 @@ def backward(
     compute = COMPUTE_DTYPE[x.dtype]
     sums = dweight_dtype is not None or dbias_dtype is not None
     operands: Tensors = (g, x) if added is None else (g, x, added)
-    found = _plan(operands, axes, k.BACKWARD, sums, centred, compute)
+    # One more operand does not fit beside rows of the most numbers.
+    budget = k.BACKWARD if added is None else k.BACKWARD // 2
+    found = _plan(operands, axes, budget, sums, centred, compute)
     row = x.shape[x.dim() - axes :]
     if found.grid is None:  # sums of nothing are zeros
         shapes = x.shape, row, row
@@ -184,7 +186,7 @@ def backward(
         )
     apart = sums and found.long
     if apart:  # then a program need not add up rows, and may hold them after all
-        found = _plan(operands, axes, k.BACKWARD, False, centred, compute)
+        found = _plan(operands, axes, budget, False, centred, compute)
     assert found.grid is not None
     dx = None if dx_dtype is None else x.new_empty(x.shape, dtype=dx_dtype)
     parts = [

@@ -149,13 +149,15 @@ def _plan(
     block_rows = tile // block_columns
     walk = iter(merged[outs:])
     in_strides = tuple([() if operand is None else tuple(next(walk)) for operand in operands])
+    # Many addresses and values a thread: fewer elements of each, or they spill. Of one row of
+    # vectors the addresses are few.
+    count = outs + len(present)
+    few = columns % 16 == 0 and (count < 7 or block_rows == 1)
     meta = {
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
-        # Many addresses and values a thread: fewer elements of each, or they spill. Of one row of
-        # vectors the addresses are few.
-        "num_warps": 4 if columns % 16 == 0 and (outs + len(present) < 7 or block_rows == 1) else 8,
+        "num_warps": 4 if few else 8 if count < 10 else 16,
     }
     grid = (-(-rows // block_rows) * -(-columns // block_columns),)
     geometry = outer, tuple(map(tuple, merged[:outs])), in_strides, rows, columns
