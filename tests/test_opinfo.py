@@ -161,14 +161,14 @@ ROUNDED_BETWEEN = {
 """Ops that are several of torch's -> what is rounded between those."""
 
 
-# torch's, of a gradient that it has no batching rule for.
-@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
 def all_cancels(call: Call) -> bool:
     """Whether the slopes are what is left of terms a million times as large: of batch_norm over two
     numbers, which are 1 and -1 once they are normalised, whatever they were."""
     return call.op.name == "batch_norm" and call.inputs[0].shape == (2, 1)
 
 
+# torch's, of a gradient that it has no batching rule for.
+@pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(("name", "entry"), ENTRIES)
 def test_half_precision_is_as_accurate(name: str, entry: str, dtype: torch.dtype) -> None:
