@@ -69,7 +69,7 @@ INFOS: dict[str, OpInfo] = {
 ENTRIES = [(op.name, entry) for op in OPS.values() for entry in op.opinfo]
 
 
-MOST = 100
+MOST = 64
 """Samples of an entry that run, a random choice of those that have more; all with --every-op."""
 
 

@@ -251,6 +251,7 @@ def lengthened(name: str, length: int, others: int, most: int) -> Iterator[Call]
 
 
 @each_op
+@pytest.mark.mechanism
 def test_long_dimensions(name: str) -> None:
     """11: each dimension longer than any block and no multiple of one, the others short."""
     if all(kernel.startswith("pointwise") for kernel in OPS[name].kernels):
