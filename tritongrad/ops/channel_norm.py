@@ -1,9 +1,9 @@
 """``group_norm``, ``instance_norm`` and ``batch_norm``: x less its mean over some dimensions, over
 its deviation, times a weight and plus a bias of each channel.
 
-Composites, of the kernel that computes mean and variance in one pass, with several programs for a
-row where rows are few and long, and of pointwise kernels, so that any layout is read as it is and
-kept. Running statistics are updated by the call itself, once, and not by what differentiates it.
+Composites: views, then the op of ``channel_norm_calculus.py``, which any layout is read by as it is
+and kept. Running statistics are updated by the call itself, once, and not by what differentiates
+it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ..admission import admit, transforming
+from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
 from ..op import Bind, Op, Tensors, Unsupported, register
 from ..sampling import Make, Sample
-from .composite import POINTWISE
+from .channel_norm_calculus import KERNELS, NORMED, Over, shifted
 from .norm import check_affine
+from .norm_backward import times
 
 F = torch.nn.functional
 
@@ -225,35 +227,27 @@ def _normalised(
     dtype, compute = x.dtype, COMPUTE_DTYPE[x.dtype]
     if params.dense:
         x = x.contiguous()
-    x = x.to(compute)
     channels = (x.shape[1],) if params.groups is None else (params.groups, -1)
     if params.groups is not None:
         x = x.unflatten(1, channels)
 
-    def of_channels(value: Tensor) -> Tensor:
-        return value.to(compute).reshape(*channels, *[1] * (x.dim() - 1 - len(channels)))
+    def of_channels(value: Tensor | None) -> Any:
+        if value is None:
+            return None
+        return value.reshape(*channels, *[1] * (x.dim() - 1 - len(channels)))
 
+    weight, bias = of_channels(weight), of_channels(bias)
     if params.dims:
-        var, mean = torch.var_mean(x, params.dims, correction=0, keepdim=True)
+        over = Over(params.dims, params.eps)
+        y, origin, offset, _, var = apply(NORMED, over, (x, weight, bias), everything=True)
         if running_mean is not None and running_var is not None:
             count = math.prod([x.shape[d] for d in params.dims])
-            _update(params, running_mean, mean)
+            _update(params, running_mean, origin + offset)
             _update(params, running_var, var * (count / (count - 1)))
     else:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, var = of_channels(running_mean), of_channels(running_var)
-    scale = torch.rsqrt(var + params.eps)
-    if weight is not None:
-        scale = scale * of_channels(weight)
-    # As torch has it: the centred input is never in memory, neither now nor for backward.
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + of_channels(bias)
-    y = torch.addcmul(shift, x, scale)
-    if params.groups is not None:
-        y = y.flatten(1, 2)
-    return (y.to(dtype),)
+        mean, var = (of_channels(t).to(compute) for t in (running_mean, running_var))
+        y = shifted(x, mean, times(torch.rsqrt(var + params.eps), weight), bias).to(dtype)
+    return (y if params.groups is None else y.flatten(1, 2),)
 
 
 @torch.no_grad()
@@ -285,7 +279,7 @@ def _norm(
         reference=_normalised,
         autocast=autocast,
         opinfo=(f"nn.functional.{name}",),
-        kernels=("reduce", *POINTWISE),
+        kernels=KERNELS,
         formula="dx = r (u - E u - xh E[u xh]), u = g w; dw = sum of g xh; db = sum of g",
         dtypes=FLOATING,
         samples=samples,
