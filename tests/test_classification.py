@@ -198,6 +198,35 @@ def test_half_precision_is_not_copied_under_autocast() -> None:
     assert_same(gradient, wide.bfloat16())
 
 
+def test_compiled() -> None:
+    """Our kernels stay in the program, which is one for all numbers of rows; labels are looked at
+    when it runs."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # not above: it is slow to import
+
+    kernels: set[str] = set()
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        each = F.cross_entropy(x, target, ignore_index=1, reduction="none")
+        return each.square().sum() + F.cross_entropy(x, target, label_smoothing=0.1)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with tritongrad.use(), runtime.observe(lambda kernel, *_: kernels.add(kernel.fn.__name__)):
+        run = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+        for rows in (4, 7):
+            x, target = logits(rows, 5), labels(rows, 5)
+            assert_same(
+                with_gradient(partial(run, target=target), x),
+                with_gradient(partial(loss, target=target), x),
+            )
+        if DEVICE.type == "cpu":
+            with pytest.raises(IndexError, match="out of bounds"):
+                run(x, target + 9)
+    assert counter.frame_count == 1
+    assert {"cross_entropy_fwd", "cross_entropy_bwd"} <= kernels
+    torch._dynamo.reset()
+
+
 # --------------------------------------------------------------- options that torch has not
 
 ours: Loss = tritongrad.nn.functional.cross_entropy

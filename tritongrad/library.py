@@ -160,5 +160,5 @@ def define(op: Op) -> None:
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     _library.impl(backward_name, backward_autograd, "Autograd", with_keyset=True)
     # torch's own operator on fake tensors knows shape, dtype, strides and errors.
-    torch.library.register_fake(f"{NAMESPACE}::{name}", native, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake or native, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{backward_name}", fake_backward, lib=_library)

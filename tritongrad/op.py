@@ -123,6 +123,8 @@ class Op:
             ``bind`` returns its tensors, ``"(Tensor input, Tensor? bias=None) -> Tensor"``. With
             one, ``torch.compile`` sees a library op around our kernels; without, torch's op, which
             Inductor can fuse.
+        fake: of the arguments of the schema, a tensor like the result, without values. None:
+            torch's own function, of tensors that have no memory.
         opinfo: names of torch's OpInfo entries that cover it, ``name.variant`` for a variant.
         kernels: names of the Triton kernels that forward launches.
         formula: the derivative for a reader, one line.
@@ -158,6 +160,7 @@ class Op:
     vmap: Callable[..., tuple[Any, Any]] | None = None
     autocast: Mapping[str, str] = dataclasses.field(default_factory=dict)
     schema: str | None = None
+    fake: Callable[..., Tensor] | None = None
     opinfo: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     formula: str = ""

@@ -145,6 +145,8 @@ def _backward_forward(
 ) -> Any:
     params: Params = bp.params
     call = params.call
+    if not rest:  # a caller that has only the loss
+        _, *rest = _forward(params, x, target, weight)
     found, scale = kept(params, *rest)
     g = spread(params, g, found.top.dim()).expand(found.top.shape)
     made: list[Tensor | None] = [None, None, None]
@@ -164,6 +166,25 @@ def _backward_forward(
     if params.overwrites and bp.needs[0]:
         torch.autograd.graph.increment_version(x)
     return present(made)
+
+
+def _like_the_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """torch's own, of sizes that are not known, has another shape where nothing is reduced."""
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, False)
+    if reduction != "none":
+        return input.new_empty(())
+    dim = min(input.dim() - 1, 1)
+    return input.new_empty([*input.shape[:dim], *input.shape[dim + 1 :]])
 
 
 def _second(
@@ -364,6 +385,10 @@ cross_entropy: Op = register(
         jvp=lambda params, tensors, outputs, tangents: moved(params, tensors, tangents),
         vmap=vmap_of(lambda: cross_entropy),
         autocast=KEPT,
+        schema="(Tensor input, Tensor target, Tensor? weight=None, bool? size_average=None, "
+        'int ignore_index=-100, bool? reduce=None, str reduction="mean", '
+        "float label_smoothing=0.0) -> Tensor",
+        fake=_like_the_loss,
         opinfo=("nn.functional.cross_entropy",),
         kernels=("cross_entropy_fwd", "reduce"),
         formula="dx = g * (softmax(x) * sum(w * y) - w * y); dy = -g * w * log_softmax(x)",
