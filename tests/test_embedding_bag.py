@@ -87,10 +87,10 @@ def test_only_what_is_needed() -> None:
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_every_order_with_offsets(mode: str) -> None:
     """gradcheck to second order, both ways, by the table and, of sums, by weights."""
-    inputs = [table(4, 2)]
+    inputs, begins = [table(3, 2)], torch.tensor([0, 2, 2, 4], device=DEVICE)
     if mode == "sum":
-        inputs.append(torch.randn(12, dtype=torch.float64, device=DEVICE, requires_grad=True))
-    f = call(indices(12, entries=3), {"mode": mode, "offsets": offsets()}, (*inputs, None)[1])
+        inputs.append(torch.randn(4, dtype=torch.float64, device=DEVICE, requires_grad=True))
+    f = call(indices(4, entries=3), {"mode": mode, "offsets": begins}, (*inputs, None)[1])
     assert torch.autograd.gradcheck(partial(rerouted, f), inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(partial(rerouted, f), inputs, check_fwd_over_rev=True)
 
