@@ -146,7 +146,7 @@ def _backward_forward(
     params: Params = bp.params
     call = params.call
     if not rest:  # a caller that has only the loss
-        _, *rest = _forward(params, x, target, weight)
+        rest = _forward(params, x, target, weight)[1:]
     found, scale = kept(params, *rest)
     g = spread(params, g, found.top.dim()).expand(found.top.shape)
     made: list[Tensor | None] = [None, None, None]
