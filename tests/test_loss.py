@@ -25,18 +25,27 @@ LOSSES = [
 ]
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_launches(name: str) -> None:
+def test_launches(name: str, reduction: str) -> None:
+    """Whatever the options, one each; what is broadcast is summed besides."""
     alike = [c for c in small(name, most=100) if len({t.shape for t in c.inputs}) == 1]
-    seen = set()
-    for call in alike:
-        if not call.inputs[0].numel():
-            continue
-        found, forward = launches(partial(call.triton, *call.inputs))
-        _, backward = launches(partial(gradients, linked(found), call.inputs))
-        assert (forward, backward) == (1, 1), str(call)
-        seen.add(call.sample.kwargs.get("reduction", "mean"))
-    assert {"none", "mean"} <= seen
+    for call in [c for c in alike if c.inputs[0].numel()]:
+        args, kwargs, note = call.sample
+        reduced = Call(call.op, Sample(args, kwargs | {"reduction": reduction}, note), call.func)
+        found, forward = launches(partial(reduced.triton, *reduced.inputs))
+        _, backward = launches(partial(gradients, linked(found), reduced.inputs))
+        assert (forward, backward) == (1, 1), str(reduced)
+    assert alike
+
+
+def test_every_loss_is_there() -> None:
+    assert {
+        "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+        "binary_cross_entropy_with_logits", "kl_div", "poisson_nll_loss", "gaussian_nll_loss",
+        "soft_margin_loss", "hinge_embedding_loss", "margin_ranking_loss", "cosine_embedding_loss",
+        "triplet_margin_loss",
+    } <= set(LOSSES)  # fmt: skip
 
 
 def test_weight_of_l1_loss() -> None:

@@ -30,7 +30,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo
 
 import tritongrad
-from tritongrad.op import OPS, Op
+from tritongrad.op import OPS, TARGETS, Op
 from tritongrad.ops.embedding_bag import ANOTHERS_FREQUENCY
 from tritongrad.reroute import HARMLESS, MOVES, UNCHANGED
 from tritongrad.runtime import Session
@@ -67,6 +67,28 @@ INFOS: dict[str, OpInfo] = {
     ".".join(filter(None, (info.name, info.variant_test_name))): info for info in op_db
 }
 ENTRIES = [(op.name, entry) for op in OPS.values() for entry in op.opinfo]
+
+
+UNCOVERED = {
+    "addmm.decomposed": "addmm's samples without factors, again",
+    "bmm.triton_optimized": "bmm's, for a kernel of torch's own",
+    "nn.functional.batch_norm.without_cudnn": "batch_norm's, for another backend of torch's",
+    "nn.functional.linear_cross_entropy.chunked": "options of torch's own kernels",
+    "nn.functional.linear_cross_entropy.chunked_none": "options of torch's own kernels",
+    "nn.functional.silu.complex": "complex",
+    "norm.nuc": "matrix norms alone",
+}
+"""Entry of a torch function that is an op's, but that the op does not name -> why."""
+
+
+def test_every_entry_is_named() -> None:
+    """All that torch has of the functions whose calls the ops take."""
+    ours = {
+        entry
+        for entry, info in INFOS.items()
+        if not TARGETS.keys().isdisjoint((info.op, info.method_variant, info.operator_variant))
+    }
+    assert ours - {entry for _, entry in ENTRIES} == UNCOVERED.keys() & INFOS.keys()
 
 
 MOST = 64
