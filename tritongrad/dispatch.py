@@ -18,6 +18,7 @@ from .admission import transforming
 from .extension import EXTENSIONS
 from .op import OVERLOADS, TARGETS, Bind, Op, OtherOverload, Tensors, Unsupported
 from .policy import SLOWER, Policy
+from .program import Recalled, Recorder
 from .runtime import local
 from .sampling import Sample
 from .sampling import tensors as tensors_of
@@ -245,9 +246,23 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
 
 def compose(op: Op, params: Any, tensors: Tensors) -> Any:
     """Run a composite: its definition, each operation of it on the op that replaces it."""
+    if type(params) is not Recalled:
+        return define(op, params, tensors, rules())
+    if params.program is not None and not _any_autocast():
+        return params.program(tensors)
+    if not params.recording or _any_autocast():
+        return define(op, params.params, tensors, rules())
+    recorder = Recorder(tensors)
+    found = define(op, params.params, tensors, recording(recorder))
+    params.program, params.recording = recorder.program(found), False
+    return found
+
+
+def define(op: Op, params: Any, tensors: Tensors, mode: rules) -> Any:
+    """Evaluate the definition of a composite."""
     assert op.reference is not None
     with contextlib.ExitStack() as stack:
-        stack.enter_context(rules())
+        stack.enter_context(mode)
         if op.autocast and _any_autocast():
             # As in torch, what has been cast as the whole is not cast again in its parts.
             for device in op.autocast:
@@ -283,6 +298,28 @@ class rules(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             local.bypass = 0
+
+
+class recording(rules):
+    """``rules``, which lets a recorder know of each call."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        target = TARGETS.get(func)
+        run = func
+        if target is not None:
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return dispatch(*target, func, args, kwargs, None)
+
+        self.recorder.note(run, func, args, kwargs or {}, result)
+        return result
 
 
 @contextlib.contextmanager

@@ -184,11 +184,14 @@ class Op:
         self._remember_calls()
 
     def _remember_calls(self) -> None:
+        from .program import Recalled
         from .recall import remembering
+
+        wrap = Recalled if self.composite and not self.random else None
 
         @cache  # one that serves several callables stays one
         def wrapped(bind: Bind) -> Bind:
-            return remembering(bind, self.ambient)
+            return remembering(bind, self.ambient, wrap)
 
         if self.bind is not None:
             object.__setattr__(self, "bind", wrapped(self.bind))

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from .admission import PLAIN_TYPES, transforming
 from .dtypes import FLOATING
@@ -29,31 +31,55 @@ except ImportError:  # not part of torch's public interface: without it, every c
 MOST = 1024
 """Calls remembered for each signature of an op."""
 
-# Two values of these types that are equal mean the same. Not so floats (-0.0 == 0.0) and sequences
-# (they may hold tensors, or be changed), of which some are let through below.
+# Two values of these types that are equal mean the same.
 _VALUES = frozenset((int, bool, str, type(None), torch.dtype))
 
 Ambient = Callable[[], Any]
 Pick = Callable[[list[Any]], Tensors]
 
 
-def _is_value(value: Any) -> bool:
-    """Whether an argument that is no tensor can be compared with an earlier one."""
+def _described(value: Any, tensors: list[Any], key: list[Any]) -> bool:
+    """Whether an argument that is neither a tensor nor one of ``_VALUES`` can be compared with an
+    earlier one; if so, what it is goes to ``key``, and the tensors in it to ``tensors``."""
     kind = type(value)
-    if kind in _VALUES:
-        return True
     if kind is float:
-        return bool(value)
-    return kind is tuple and all(type(v) is int for v in value)
+        key.append(kind)
+        key.append(value or str(value))  # 0.0 == -0.0
+        return True
+    if kind is not tuple and kind is not list:
+        return False
+    key.append(kind)
+    key.append(len(value))
+    for part in value:
+        own = type(part)
+        if own in PLAIN_TYPES:
+            key.append(part.shape)
+            tensors.append(part)
+        elif own in _VALUES:
+            key.append(own)  # True is not 1
+            key.append(part)
+        elif not _described(part, tensors, key):
+            return False
+    return True
 
 
-def remembering(bind: Bind, ambient: Ambient | None) -> Bind:
+def _own(value: Any) -> Any:
+    """``value`` with lists of its own: what was read of a list may be kept, and the caller change
+    his."""
+    kind = type(value)
+    return kind(map(_own, value)) if kind is list or kind is tuple else value
+
+
+def remembering(
+    bind: Bind, ambient: Ambient | None, wrap: Callable[[Any], Any] | None = None
+) -> Bind:
     """``bind``, which remembers what calls were read as: the last of each choice of shapes and of
     other arguments.
 
     Args:
         ambient: what ``bind`` depends on beside its arguments. On tensors' values it must not,
             unless it puts others in their place.
+        wrap: made of the params that are remembered, and returned in their place.
     """
     if TensorGuards is None:
         return bind
@@ -71,10 +97,10 @@ def remembering(bind: Bind, ambient: Ambient | None) -> Bind:
                 except RuntimeError:  # a nested tensor has none
                     return bind(*args, **kwargs)
                 tensors.append(value)
-            elif kind in _VALUES or _is_value(value):
-                key.append(kind)  # True is not 1
+            elif kind in _VALUES:
+                key.append(kind)
                 key.append(value)
-            else:
+            elif not _described(value, tensors, key):
                 return bind(*args, **kwargs)
         signature = tuple(key)
         found = known.get(signature)
@@ -83,11 +109,14 @@ def remembering(bind: Bind, ambient: Ambient | None) -> Bind:
             if same(*tensors) and (state is None or state() == before):
                 tensors.append(None)
                 return pick(tensors), params
+        args, kwargs = _own(args), {name: _own(value) for name, value in kwargs.items()}
         bound, params = bind(*args, **kwargs)
         order = _order(tensors, bound)
         if order is not None and not transforming():
             if len(known) >= MOST:
                 known.clear()
+            if wrap is not None:
+                params = wrap(params)
             state = ambient if all(t.dtype in FLOATING for t in tensors) else _state_of(ambient)
             guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             known[signature] = guards.check, order, params, state, state and state()
@@ -97,18 +126,56 @@ def remembering(bind: Bind, ambient: Ambient | None) -> Bind:
 
 
 def _order(tensors: list[Any], bound: Tensors) -> Pick | None:
-    """How to put the tensors of a call, with a None after them, in the order that it was bound to;
-    None if one of them was replaced, by a view or by its value, or stands in two places: of which
-    of the two, the next call's could not be told."""
-    index = {id(t): i for i, t in enumerate(tensors)}
-    found = [-1 if t is None else index.get(id(t)) for t in bound]
-    if None in found or not len(index) == len(tensors) == len(found) - found.count(-1):
+    """How to put the tensors of a call, with a None after them, in the order that it was bound to,
+    those that it was bound to a reshaped view of as such. None if one was replaced otherwise, left
+    out, or stands in two places: of which of the two, the next call's could not be told."""
+    count = len(tensors)
+    places: list[int] = []
+    sources: list[int] = []
+    views: list[tuple[int, torch.Size]] = []
+    for t in bound:
+        if t is None:
+            places.append(count)
+            continue
+        itself = [i for i, own in enumerate(tensors) if own is t]
+        found = itself or [i for i, own in enumerate(tensors) if _is_reshaped(t, own)]
+        if len(found) != 1:
+            return None
+        sources += found
+        places += itself or [count + 1 + len(views)]
+        if not itself:
+            views.append((found[0], t.shape))
+    if sorted(sources) != list(range(count)):
         return None
-    return operator.itemgetter(*found) if len(found) > 1 else tuple_of_first
+    if len(places) == 1:
+        (place,) = places
+        pick: Pick = lambda tensors: (tensors[place],)  # noqa: E731
+    else:
+        pick = operator.itemgetter(*places)
+    return _viewing(views, pick) if views else pick
 
 
-def tuple_of_first(tensors: list[Any]) -> Tensors:
-    return (tensors[0],)
+def _viewing(views: list[tuple[int, torch.Size]], pick: Pick) -> Pick:
+    def reshape_and_pick(tensors: list[Any]) -> Tensors:
+        tensors += [tensors[i].view(shape) for i, shape in views]
+        return pick(tensors)
+
+    return reshape_and_pick
+
+
+def _is_reshaped(view: Tensor, tensor: Tensor) -> bool:
+    """Whether ``view`` is what ``tensor.view`` of its shape is, of which gradients flow back as
+    far."""
+    if forward_ad._current_level >= 0 or view.requires_grad != tensor.requires_grad:
+        return False
+    if view.dtype is not tensor.dtype or view.data_ptr() != tensor.data_ptr():
+        return False
+    try:
+        own = tensor.view(view.shape)
+    except RuntimeError:
+        return False
+    steps = zip(view.shape, view.stride(), own.stride(), strict=True)
+    return all(a == b for n, a, b in steps if n > 1)
 
 
 def _state_of(ambient: Ambient | None) -> Ambient:
