@@ -136,12 +136,14 @@ def rerouted(call: Call) -> Batch:
 def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
     """The first sample of ``op`` on ``path``, and the yardstick; None if the op has no such path.
 
-    Derivatives are with respect to all of the sample's floating-point tensors.
+    Derivatives are with respect to what the sample has them of; of transforms, to all of its
+    floating-point tensors.
     """
     if op.samples is None or (path != "vmap" and path != "direct" and not op.differentiable):
         return None
     args, kwargs, _ = next(iter(op.samples(Random(torch.float32, DEVICE))))
-    plain = [t.detach() for t in tensors(Sample(args)) if t.is_floating_point()]
+    given = [t for t in tensors(Sample(args)) if t.is_floating_point()]
+    plain = [t.detach() for t in given]
 
     def filled(new: Sequence[Tensor]) -> Any:
         values = iter(new)
@@ -167,17 +169,19 @@ def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
         batched = [torch.stack([t, t]) for t in plain]
         ours, bare = torch.vmap(function), torch.vmap(BareTransformable.apply)
         return repeated(lambda: ours(*batched)), repeated(lambda: bare(batched[0]))
-    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in plain]
+    copies = [t.clone(memory_format=torch.preserve_format) for t in plain]
+    leaves = [c.requires_grad_(t.requires_grad) for c, t in zip(copies, given, strict=True)]
     entry = op.entry  # what tritongrad.mul is
-    yardstick = repeated(lambda: Bare.apply(leaves[0]))
+    derived = next((t for t in leaves if t.requires_grad), leaves[0])
+    yardstick = repeated(lambda: Bare.apply(derived))
     if path == "direct":
         # Nothing is recorded; the yardstick records, and that is the limit.
-        given = filled(plain)
-        return repeated(lambda: entry(*given, **kwargs)), yardstick
-    given = filled(leaves)
+        values = filled(plain)
+        return repeated(lambda: entry(*values, **kwargs)), yardstick
+    values = filled(leaves)
     if path == "mode":
-        return rerouted(lambda: op.replaces[0](*given, **kwargs)), yardstick
-    return repeated(lambda: entry(*given, **kwargs)), yardstick
+        return rerouted(lambda: op.replaces[0](*values, **kwargs)), yardstick
+    return repeated(lambda: entry(*values, **kwargs)), yardstick
 
 
 def measure(op: Op, path: str, repeats: int, clock: Clock = time.perf_counter) -> Timing | None:

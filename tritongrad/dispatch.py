@@ -69,6 +69,8 @@ def dispatch(
             tensors, params = bind(*cast_args, **cast_kwargs)
         else:
             tensors, params = bind(*args, **kwargs)
+        if op.look is not None:
+            op.look(params, *tensors)
         if policy is not None and not policy.allows(op, tensors):
             raise Unsupported(SLOWER)
     except OtherOverload:

@@ -94,8 +94,12 @@ class Op:
             does not fit.
         ambient: what ``bind`` and the rest depend on beside the arguments (a precision that torch
             was told), compared before an earlier reading is used again; a new object each time
-            where none may be (random numbers, tests of values). None: nothing, but for the default
-            dtype, which integers are converted to.
+            where none may be (random numbers). None: nothing, but for the default dtype, which
+            integers are converted to.
+        look: ``(params, *tensors)``, at each call, read anew or not: looks at values, raises
+            Unsupported or warns.
+        prepare: ``(params, *tensors) -> params`` of a call that is remembered, with what need be
+            computed but once for all like it: its launch.
         random: whether it draws random numbers, in ``bind``. torch's of the same seed are others:
             parity is measured against its ``reference``, evaluated of its own numbers.
         shares: those that it shares with other ops, which take other overloads of them.
@@ -147,6 +151,8 @@ class Op:
     variants: Mapping[Callable[..., Any], Bind] = dataclasses.field(default_factory=dict)
     overloads: tuple[Bind, ...] = ()
     ambient: Callable[[], Any] | None = None
+    look: Callable[..., None] | None = None
+    prepare: Callable[..., Any] | None = None
     random: bool = False
     shares: tuple[Callable[..., Any], ...] = ()
     outputs: int = 1
@@ -187,11 +193,13 @@ class Op:
         from .program import Recalled
         from .recall import remembering
 
-        wrap = Recalled if self.composite and not self.random else None
+        prepare = self.prepare
+        if self.composite and not self.random:
+            prepare = Recalled
 
         @cache  # one that serves several callables stays one
         def wrapped(bind: Bind) -> Bind:
-            return remembering(bind, self.ambient, wrap)
+            return remembering(bind, self.ambient, prepare)
 
         if self.bind is not None:
             object.__setattr__(self, "bind", wrapped(self.bind))

@@ -33,7 +33,7 @@ class Recalled:
 
     __slots__ = ("params", "program", "recording")
 
-    def __init__(self, params: Any) -> None:
+    def __init__(self, params: Any, *_: Tensor | None) -> None:
         self.params = params
         self.program: Program | None = None
         self.recording = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def _own(value: Any) -> Any:
 
 
 def remembering(
-    bind: Bind, ambient: Ambient | None, wrap: Callable[[Any], Any] | None = None
+    bind: Bind, ambient: Ambient | None, prepare: Callable[..., Any] | None = None
 ) -> Bind:
     """``bind``, which remembers what calls were read as: the last of each choice of shapes and of
     other arguments.
@@ -79,7 +79,7 @@ def remembering(
     Args:
         ambient: what ``bind`` depends on beside its arguments. On tensors' values it must not,
             unless it puts others in their place.
-        wrap: made of the params that are remembered, and returned in their place.
+        prepare: ``(params, *tensors) -> params`` that are remembered in the place of those.
     """
     if TensorGuards is None:
         return bind
@@ -115,8 +115,8 @@ def remembering(
         if order is not None and not transforming():
             if len(known) >= MOST:
                 known.clear()
-            if wrap is not None:
-                params = wrap(params)
+            if prepare is not None:
+                params = prepare(params, *bound)
             state = ambient if all(t.dtype in FLOATING for t in tensors) else _state_of(ambient)
             guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
             known[signature] = guards.check, order, params, state, state and state()

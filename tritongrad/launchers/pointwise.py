@@ -22,7 +22,7 @@ from ..layout import (
     strides_as,
 )
 from ..op import Tensors
-from ..runtime import launch
+from ..runtime import launch, launch_prepared
 
 NARROW = INT32_MAX - k.DENSE_BLOCK
 """Up to this many elements the dense kernel's offsets fit 32 bits."""
@@ -162,6 +162,76 @@ def _plan(
     grid = (-(-rows // block_rows) * -(-columns // block_columns),)
     geometry = outer, tuple(map(tuple, merged[:outs])), in_strides, rows, columns
     return Plan(shape, out_strides, k.pointwise_strided, grid, geometry, meta)
+
+
+class Launch(NamedTuple):
+    """A call of ``elementwise`` with one result, ready for operands of certain shapes and strides.
+
+    Attributes:
+        shape, strides, dtype: of the result; no dtype if it is that of the first operand.
+        kernel, grid: None if the result is empty.
+        arguments: the kernel's after the operands.
+        meta: its constexprs.
+    """
+
+    shape: torch.Size
+    strides: Strides
+    dtype: torch.dtype | None
+    kernel: Any
+    grid: tuple[int] | None
+    arguments: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+def prepare(
+    function: Any,
+    raw: int,
+    operands: Tensors,
+    scalars: tuple[Number | None, ...],
+    consts: tuple[Number, ...],
+    result: torch.dtype,
+    dtype: torch.dtype,
+) -> Launch:
+    """The launch of ``elementwise``, of the same arguments, for operands like these."""
+    compute = COMPUTE_DTYPE[result]
+    plan = _plan(
+        tuple([None if t is None else (t.shape, t.stride()) for t in operands]),
+        compute.itemsize,
+        (None,),
+    )
+    first = next(t for t in operands if t is not None)
+    numbers = tuple([v if v is None else encode(v, compute) for v in scalars])
+    meta = {
+        "F": function,
+        "RAW": raw,
+        "RESULT": TRITON_DTYPE[result],
+        "COMPUTE": TRITON_DTYPE[compute],
+        **plan.meta,
+    }
+    return Launch(
+        plan.shape,
+        plan.strides,
+        None if dtype is first.dtype else dtype,
+        plan.kernel,
+        plan.grid,
+        (numbers, encode_all(consts, compute), *plan.geometry),
+        meta,
+    )
+
+
+def run(launch: Launch, operands: Tensors) -> Tensor:
+    """``elementwise`` of operands like those that ``launch`` was prepared for."""
+    shape, strides, dtype, kernel, grid, arguments, meta = launch
+    first = operands[0]
+    if first is None:
+        first = next(t for t in operands if t is not None)
+    if dtype is None:
+        out = first.new_empty_strided(shape, strides)
+    else:
+        out = first.new_empty_strided(shape, strides, dtype=dtype)
+    if grid is not None:
+        launch_prepared(kernel, grid, ((out,), operands, *arguments), out, meta)
+    return out
 
 
 def _strided(

@@ -140,20 +140,18 @@ def plan(
     return Plan(row_shape, losses, 1 if batch is None else parts, count, geometry, grid, meta)
 
 
-def losses(
+def plan_for(
     reduction: Reduction,
     operands: tuple[Tensor, ...],
     labels: tuple[Tensor, ...],
-    kept: int,
     batch: int | None,
     mean: bool,
-    result: torch.dtype,
+    element: torch.dtype,
     map_params: tuple[Number, ...],
     finish_params: tuple[Number, ...],
-) -> tuple[Tensor, ...]:
-    """The losses, and for each row ``kept`` further results. Other args: as ``plan`` has them."""
-    first, compute = operands[0], COMPUTE_DTYPE[result]
-    found = plan(
+) -> Plan:
+    """``plan`` for tensors at hand."""
+    return plan(
         reduction,
         tuple([t.shape for t in operands]),
         tuple([t.stride() for t in operands]),
@@ -161,11 +159,22 @@ def losses(
         tuple([t.stride() for t in labels]),
         batch,
         mean,
-        result,
-        first.get_device(),
+        element,
+        operands[0].get_device(),
         map_params,
         finish_params,
     )
+
+
+def losses(
+    found: Plan,
+    operands: tuple[Tensor, ...],
+    labels: tuple[Tensor, ...],
+    kept: int,
+    result: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The losses, and for each row ``kept`` further results, of tensors like those of the plan."""
+    first, compute = operands[0], COMPUTE_DTYPE[result]
     shared = found.parts > 1
     shape = (*found.losses, found.parts) if shared else found.losses
     out = first.new_empty(shape, dtype=compute if shared else result)

@@ -146,32 +146,41 @@ def _plan(
     return Plan(geometry, rows, (row_tiles * parts,), parts, meta)
 
 
-def scan(
-    kind: Scan,
-    operands: tuple[Tensor, ...],
-    dim: int,
-    reverse: bool,
-    element: torch.dtype,
-    result: torch.dtype,
-) -> Tensor:
-    """Scan operands of one shape, or broadcast, along ``dim``; the result is contiguous.
+class Launch(NamedTuple):
+    """A scan, ready for operands of certain shapes and strides; no plan if they are empty."""
+
+    shape: torch.Size
+    plan: Plan | None
+    kind: Scan
+    dtype: torch.dtype
+
+
+def prepare(
+    kind: Scan, operands: tuple[Tensor, ...], dim: int, reverse: bool, dtype: torch.dtype
+) -> Launch:
+    """The scan along ``dim`` of operands of one shape, or broadcast.
 
     Args:
         dim: not negative.
         reverse: whether to begin at the last element.
-        element: dtype that each element is rounded to before it is computed with.
-        result: dtype of the result.
+        dtype: that each element is rounded to before it is computed with, and of the result.
     """
-    first = operands[0]
     shapes, strides = tuple([t.shape for t in operands]), tuple([t.stride() for t in operands])
-    processors = processors_of(first.get_device())
     shape = broadcast_sizes(shapes)
-    out = torch.empty(shape, dtype=result, device=first.device)
-    if not out.numel():
+    if not shape.numel():
+        return Launch(shape, None, kind, dtype)
+    processors = processors_of(operands[0].get_device())
+    return Launch(shape, _plan(kind, shapes, strides, dim, reverse, dtype, processors), kind, dtype)
+
+
+def run(launch: Launch, operands: tuple[Tensor, ...]) -> Tensor:
+    """Scan operands like those that ``launch`` was prepared for; the result is contiguous."""
+    shape, plan, kind, dtype = launch
+    out = operands[0].new_empty(shape, dtype=dtype)
+    if plan is None:
         return out
     outs = (None,) * (len(kind.identity) - 1) + (out,) if kind.finish is None else (out,)
-    plan = _plan(kind, shapes, strides, dim, reverse, element, processors)
-    before = None if plan.parts == 1 else _before(kind, plan, operands, element)
+    before = None if plan.parts == 1 else _before(kind, plan, operands, dtype)
     _launch(plan, outs, operands, None, before)
     return out
 

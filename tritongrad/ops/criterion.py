@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
@@ -23,8 +24,9 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
 from ..function import vjp
 from ..kernels import loss as k
 from ..kernels import reduction as combine
-from ..launchers.pointwise import elementwise
-from ..launchers.reduction import MEAN, SUM, Reduction, plan_for, run, run_many
+from ..launchers.pointwise import Launch, elementwise, prepare
+from ..launchers.pointwise import run as run_elementwise
+from ..launchers.reduction import MEAN, SUM, Plan, Reduction, plan_for, run, run_many
 from ..layout import batch_first, broadcast_shape, broadcast_sizes
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, register
 from ..sampling import Make, Sample
@@ -100,6 +102,9 @@ class Params(NamedTuple):
         divisor: what their sum is divided by; None: nothing.
         by_weight: whether it is divided by the sum of the weights.
         result: dtype of the result.
+        warning: what torch says of each such call.
+        specs: of the tensors, and
+        launch: of a call that is remembered; neither of another.
     """
 
     form: Form
@@ -109,6 +114,9 @@ class Params(NamedTuple):
     divisor: int | None
     by_weight: bool
     result: torch.dtype
+    warning: str = ""
+    specs: tuple[Spec | None, ...] | None = None
+    launch: Launch | Plan | None = None
 
     @property
     def reduction(self) -> Reduction:
@@ -135,7 +143,7 @@ def loss(
     samples: Callable[[Make], Iterator[Sample]],
     text: str | None = None,
     autocast: Mapping[str, str] = FLOAT32,
-    ambient: Callable[[], Any] | None = None,
+    look: Callable[..., None] | None = None,
 ) -> Op:
     """Make and register the op of one loss.
 
@@ -143,7 +151,7 @@ def loss(
         targets: torch callables with ``bind``'s signature.
         form: the formula that reports show; ``bind`` decides which one a call has.
         text: its derivative for a reader; None: what its rules show.
-        ambient: as ``Op`` has it.
+        look: as ``Op`` has it.
     """
     inputs = form.inputs
     arity = len(inputs)
@@ -172,7 +180,7 @@ def loss(
     def tangent_of(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
         compute = COMPUTE_DTYPE[params.result]
         full = broadcast_shape([t for t in tensors if t is not None])
-        each = params._replace(dims=None, divisor=None, by_weight=False)
+        each = params._replace(dims=None, divisor=None, by_weight=False, launch=None)
         total: Tensor | None = None
         part: Tensor | None
         for i, (n, tangent) in enumerate(zip(inputs, tangents, strict=True)):
@@ -217,14 +225,16 @@ def loss(
         name=name,
         bind=bind,
         forward=evaluate,
+        prepare=_prepared,
         replaces=targets,
+        specs=operator.attrgetter("specs"),
         saves=lambda params, needs: _saves(params.form, params.by_weight, params.scalars, needs),
         rule=rule,
         backward=_backward_op(name, inputs, rule),
         jvp=tangent_of,
         vmap=vmap,
         autocast=autocast,
-        ambient=ambient,
+        look=look,
         opinfo=(f"nn.functional.{name}",),
         kernels=("reduce", "pointwise_dense", "pointwise_strided"),
         formula=text or "; ".join(f"d{n} = {formula(rule)}" for n, rule in form.rules.items()),
@@ -238,19 +248,33 @@ def loss(
 
 def evaluate(params: Params, *tensors: Tensor | None) -> Any:
     """Forward of every loss."""
-    form, result = params.form, params.result
-    operands = tuple([tensors[i] for i in form.order])
-    scalars = tuple([params.scalars[i] for i in form.order])
-    if params.dims is None:
-        (out,) = elementwise(form.function, 0, operands, scalars, params.numbers, result, (result,))
-        return out
+    result = params.result
+    operands = tuple([tensors[i] for i in params.form.order])
+    launch = params.launch or _launch(params, operands)
+    if isinstance(launch, Launch):
+        return run_elementwise(launch, operands)
     present = tuple([t for t in operands if t is not None])
-    numbers = (*[s for s in scalars if s is not None], *params.numbers)
-    launch = plan_for(present, params.reduction, params.dims, False, result, numbers, params.finish)
     if params.by_weight:
         compute = COMPUTE_DTYPE[result]
         return run_many(launch, present, (result, compute, compute))
     return run(launch, present, result)
+
+
+def _launch(params: Params, operands: Tensors) -> Launch | Plan:
+    form, numbers, result = params.form, params.numbers, params.result
+    scalars = tuple([params.scalars[i] for i in form.order])
+    if params.dims is None:
+        return prepare(form.function, 0, operands, scalars, numbers, result, result)
+    present = tuple([t for t in operands if t is not None])
+    numbers = (*[s for s in scalars if s is not None], *numbers)
+    return plan_for(present, params.reduction, params.dims, False, result, numbers, params.finish)
+
+
+def _prepared(params: Params, *tensors: Tensor | None) -> Params:
+    return params._replace(
+        specs=tuple([None if t is None else Spec(t.shape, t.dtype) for t in tensors]),
+        launch=_launch(params, tuple([tensors[i] for i in params.form.order])),
+    )
 
 
 def _backward_op(name: str, inputs: tuple[str, ...], rule: Any) -> Op:
@@ -363,7 +387,8 @@ def _spread(value: Tensor, params: Params, specs: tuple[Spec | None, ...]) -> Te
 
 def _shifted(params: Params) -> Params:
     """``params`` for tensors with one more dimension, in front."""
-    return params._replace(dims=params.dims and tuple([d + 1 for d in params.dims]))
+    dims = params.dims and tuple([d + 1 for d in params.dims])
+    return params._replace(dims=dims, specs=None, launch=None)
 
 
 def _in_front(tensor: Tensor, dim: int | None) -> Tensor:

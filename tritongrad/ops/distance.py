@@ -8,6 +8,7 @@ angle takes the slope of the norm all the same.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,7 +22,16 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
 from ..kernels import reduction as k
 from ..kernels import reduction_backward as kb
 from ..launchers.pointwise import elementwise
-from ..launchers.reduction import PRODUCT, Reduction, plan_for, reduce, run_many, sum_to
+from ..launchers.reduction import (
+    PRODUCT,
+    Plan,
+    Reduction,
+    plan_for,
+    reduce,
+    run,
+    run_many,
+    sum_to,
+)
 from ..layout import broadcast_shape, broadcasts
 from ..op import OPS, BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
@@ -56,6 +66,8 @@ class PairParams(NamedTuple):
         result: dtype of the result, to which torch converts both first.
         number: order of the norm.
         eps: what keeps a slope finite.
+        specs: of the tensors, and
+        launch: of a call that is remembered; neither of another.
     """
 
     dims: tuple[int, ...]
@@ -63,6 +75,8 @@ class PairParams(NamedTuple):
     result: torch.dtype
     number: float
     eps: float
+    specs: tuple[Spec, Spec] | None = None
+    launch: Plan | None = None
 
 
 def _read(
@@ -93,7 +107,7 @@ def _pair(
     name: str,
     *targets: Callable[..., Any],
     bind: Bind,
-    forward: Callable[..., Any],
+    plan: Callable[..., Plan],
     rule: Callable[..., Tensors],
     backward: Callable[..., list[Tensor | None]],
     samples: Callable[[Make], Iterator[Sample]],
@@ -108,10 +122,21 @@ def _pair(
         rule: ``(params, g, x, y, out) -> (dx, dy)``, in their common shape and computing dtype.
         backward: the same by kernels: ``(params, dtypes, g, x, y, *rows)``, ``dtypes`` being those
             of the gradients, None for one that is not wanted.
-        kept: results of ``forward`` past the first, the rows of ``backward``; with none they are
-            the result alone. A rule has no use of the result where they are kept.
+        plan: ``(params, x, y)`` to how they are reduced.
+        kept: results of that past the first, the rows of ``backward``; with none they are the
+            result alone. A rule has no use of the result where they are kept.
     """
     rows_of = tuple(range(3, 3 + kept)) if kept else (2,)
+
+    def forward(params: PairParams, x: Tensor, y: Tensor) -> Any:
+        launch = params.launch or plan(params, x, y)
+        if not kept:
+            return run(launch, (x, y), params.result)
+        return run_many(launch, (x, y), (params.result, *[COMPUTE_DTYPE[params.result]] * kept))
+
+    def prepared(params: PairParams, x: Tensor, y: Tensor) -> PairParams:
+        specs = Spec(x.shape, x.dtype), Spec(y.shape, y.dtype)
+        return params._replace(specs=specs, launch=plan(params, x, y))
 
     def full_rule(
         params: PairParams, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors
@@ -176,13 +201,16 @@ def _pair(
 
     def vmap(info: Any, params: PairParams, tensors: Tensors, dims: tuple) -> tuple[Any, Any]:
         batched = batch_all(tensors, dims, logical_rank(tensors, dims))
-        found = apply(op, shifted(params), batched, everything=True)
+        params = shifted(params)._replace(specs=None, launch=None)
+        found = apply(op, params, batched, everything=True)
         return found, (0,) * (1 + kept) if kept else 0
 
     op = Op(
         name=name,
         bind=bind,
         forward=forward,
+        prepare=prepared,
+        specs=operator.attrgetter("specs"),
         rule=full_rule,
         jvp=jvp or rule_jvp,
         vmap=vmap,
@@ -253,10 +281,8 @@ def _bind_cosine(
     return tensors, params
 
 
-def _cosine_forward(params: PairParams, x: Tensor, y: Tensor) -> tuple[Tensor | None, ...]:
-    compute = COMPUTE_DTYPE[params.result]
-    launch = plan_for((x, y), COSINE, params.dims, False, params.result, (), (params.eps,))
-    return run_many(launch, (x, y), (params.result, compute, compute))
+def _cosine_plan(params: PairParams, x: Tensor, y: Tensor) -> Plan:
+    return plan_for((x, y), COSINE, params.dims, False, params.result, (), (params.eps,))
 
 
 def _cosine_rule(params: PairParams, g: Tensor, x: Tensor, y: Tensor, _: None) -> Tensors:
@@ -319,13 +345,11 @@ def _bind_distance(
     return tensors, params
 
 
-def _distance_forward(params: PairParams, x: Tensor, y: Tensor) -> Tensor:
-    dims, keepdim, result, p, eps = params
+def _distance_plan(params: PairParams, x: Tensor, y: Tensor) -> Plan:
+    dims, keepdim, result, p, eps, *_ = params
     kind = norm_of(p, count_of(broadcast_shape([x, y]), dims))
     before = (*kind.map_params, eps)
-    return reduce(
-        _distance_of(kind), (x, y), dims, keepdim, result, result, before, kind.finish_params
-    )
+    return plan_for((x, y), _distance_of(kind), dims, keepdim, result, before, kind.finish_params)
 
 
 def _norm_params(params: PairParams) -> Params:
@@ -437,13 +461,13 @@ def _normalize_samples(make: Make) -> Iterator[Sample]:
 
 _pair(
     "cosine_similarity", F.cosine_similarity,
-    bind=_bind_cosine, forward=_cosine_forward, kept=2,
+    bind=_bind_cosine, plan=_cosine_plan, kept=2,
     rule=_cosine_rule, backward=_cosine_backward, samples=_cosine_samples,
     formula="dx = g * (y / |y| - out * x / |x|) / |x|; dy = g * (x / |x| - out * y / |y|) / |y|",
 )  # fmt: skip
 _pair(
     "pairwise_distance", F.pairwise_distance,
-    bind=_bind_distance, forward=_distance_forward,
+    bind=_bind_distance, plan=_distance_plan,
     rule=_distance_rule, backward=_distance_backward, jvp=_distance_jvp,
     samples=_distance_samples,
     formula="dx = g * sign(x - y) * (abs(x - y) / out) ** (p - 1); dy = -dx",

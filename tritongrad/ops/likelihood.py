@@ -17,7 +17,7 @@ from ..dtypes import is_number
 from ..kernels import loss as k
 from ..op import Unsupported
 from ..sampling import Make, Sample
-from .criterion import Form, loss
+from .criterion import Form, Params, loss
 from .loss_calls import Call, modern, read, samples_of, values
 
 F = torch.nn.functional
@@ -149,10 +149,14 @@ def bind_gaussian_nll(
     call = read(
         GAUSSIAN, (input, target, v), reduction, numbers=numbers, integral=1, absent={"v": number}
     )
-    # torch looks at them, too.
-    if var < 0 if v is None else (values(v) < 0).any():
+    if v is None and var < 0:
         raise Unsupported("negative variance")
     return call
+
+
+def _look_at_variances(params: Params, input: Tensor, target: Tensor, var: Tensor | None) -> None:
+    if var is not None and (values(var) < 0).any():
+        raise Unsupported("negative variance")
 
 
 def _variance_of_each(var: Tensor, input: Tensor) -> Tensor:
@@ -194,5 +198,5 @@ loss(
     "gaussian_nll_loss", F.gaussian_nll_loss, bind=bind_gaussian_nll, form=GAUSSIAN,
     samples=_gaussian_samples,
     text="dx = g * (x - y) / v; dy = -dx; dv = g * (v - (x - y) ** 2) / (2 * v**2)",
-    autocast={"cuda": "float32"}, ambient=object,  # values are looked at
+    autocast={"cuda": "float32"}, look=_look_at_variances,
 )  # fmt: skip

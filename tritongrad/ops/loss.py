@@ -16,7 +16,7 @@ from ..dtypes import is_number
 from ..kernels import loss as k
 from ..op import Bind, Unsupported
 from . import operands
-from .criterion import Form, loss
+from .criterion import Form, Params, loss
 from .elementary import times_log
 from .loss_calls import (
     WITH_BATCHMEAN,
@@ -219,12 +219,19 @@ def bind_bce(
     _keeps_size(input, weight)
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         raise Unsupported("autocast, under which torch refuses")
-    if input.device.type == "cpu":
-        # torch raises there. On a GPU its kernel traps where the result here is NaN.
-        for tensor in map(values, (input, target)):
-            if not ((tensor >= 0) & (tensor <= 1)).all():
-                raise Unsupported("not between 0 and 1")
     return call
+
+
+def _look_at_probabilities(
+    params: Params, input: Tensor, target: Tensor, *_: Tensor | None
+) -> None:
+    if input.device.type != "cpu":
+        return  # where torch's kernel traps, and the result here is NaN
+    for tensor in map(values, (input, target)):
+        if tensor.numel():
+            least, largest = tensor.aminmax()
+            if not (least >= 0 and largest <= 1):
+                raise Unsupported("not between 0 and 1")
 
 
 def bind_bce_with_logits(
@@ -283,16 +290,20 @@ def bind_kl_div(
     if type(log_target) is not bool:
         raise Unsupported(f"log_target={log_target!r}")
     form = KL_LOG_TARGET if log_target else KL
-    call = read(form, (input, target), reduction, reductions=WITH_BATCHMEAN)
-    if reduction == "mean":
-        warnings.warn(
-            "reduction: 'mean' divides the total loss by both the batch size and the support size."
-            "'batchmean' divides only by the batch size, and aligns with the KL div math "
-            "definition.'mean' will be changed to behave the same as 'batchmean' in the next "
-            "major release.",
-            stacklevel=2,
-        )
-    return call
+    tensors, params = read(form, (input, target), reduction, reductions=WITH_BATCHMEAN)
+    return tensors, params._replace(warning=_MEAN_OF_KL) if reduction == "mean" else params
+
+
+_MEAN_OF_KL = (
+    "reduction: 'mean' divides the total loss by both the batch size and the support size."
+    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+    "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+)
+
+
+def _warn(params: Params, *tensors: Tensor | None) -> None:
+    if params.warning:
+        warnings.warn(params.warning, stacklevel=2)
 
 
 # -------------------------------------------------------------------------------------------- TABLE
@@ -319,7 +330,7 @@ loss(
     "binary_cross_entropy", F.binary_cross_entropy, bind=bind_bce, form=BCE,
     samples=with_weights(samples_of(_unit, _unit), "weight", grad=False),
     text="dx = g * (x - y) / (x * (1 - x)); dy = g * (log(1 - x) - log(x))",
-    autocast={"cpu": "float32"}, ambient=object,  # values are looked at
+    autocast={"cpu": "float32"}, look=_look_at_probabilities,
 )  # fmt: skip
 loss(
     "binary_cross_entropy_with_logits", F.binary_cross_entropy_with_logits,
@@ -331,5 +342,5 @@ loss(
 )  # fmt: skip
 loss(
     "kl_div", F.kl_div, bind=bind_kl_div, form=KL,
-    samples=samples_of((-2.0, -0.1), _unit, log_target=(True,)), ambient=object,  # it warns
+    samples=samples_of((-2.0, -0.1), _unit, log_target=(True,)), look=_warn,
 )  # fmt: skip

@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import runtime
 from ..admission import admit
 from ..dtypes import FLOATING, INTEGRAL, Number, is_number
+from ..launchers.pointwise import Launch
 from ..layout import broadcasts
-from ..op import Bind, Tensors, Unsupported
+from ..op import Bind, Spec, Tensors, Unsupported
 
 key_set = torch._C._dispatch_keys
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -26,7 +27,8 @@ class Params(NamedTuple):
             there is none.
         consts: the op's parameters, ``alpha`` for instance.
         result: dtype that torch's promotion gives.
-        specs: () if all inputs are tensors of the result's shape and dtype, else None.
+        specs: () if all inputs are tensors of the result's shape and dtype; of others, and
+        launch: of a call that is remembered.
         form: which of the op's device functions, of those that ``row`` was given.
         halves: the dimension, from the end, along which the first tensor is split into two inputs,
             in a call where there is no second one.
@@ -35,9 +37,10 @@ class Params(NamedTuple):
     scalars: tuple[Number | None, ...]
     consts: tuple[Number, ...]
     result: torch.dtype
-    specs: tuple[()] | None = None
+    specs: tuple[Spec | None, ...] | None = None
     form: str = ""
     halves: int | None = None
+    launch: Launch | None = None
 
 
 def promoted(*values: Any) -> torch.dtype:

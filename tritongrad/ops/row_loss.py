@@ -7,6 +7,7 @@ The rules are those that torch's own compositions have (Loss.cpp).
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ from ..kernels import reduction as combine
 from ..kernels import row_loss as k
 from ..launchers.pointwise import elementwise
 from ..launchers.reduction import Reduction
-from ..launchers.row_loss import losses
+from ..launchers.row_loss import Plan, losses, plan_for
 from ..layout import broadcast_shape, broadcast_sizes
-from ..op import BackwardParams, Bind, Needs, Op, Tensors, Unsupported, register
+from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .criterion import FLOAT32
 from .loss_calls import INTEGRAL_TARGETS, REDUCTIONS, constant, modern
@@ -58,6 +59,8 @@ class Params(NamedTuple):
         batch: dimensions in front whose losses are not added up, those that vmap added; None: all.
         mean: whether the sum is divided by the count of rows.
         result: dtype of the result.
+        specs: of the tensors, and
+        launch: of a call that is remembered; neither of another.
     """
 
     form: Form
@@ -68,6 +71,8 @@ class Params(NamedTuple):
     batch: int | None
     mean: bool
     result: torch.dtype
+    specs: tuple[Spec, ...] | None = None
+    launch: Plan | None = None
 
 
 def row_loss(
@@ -91,9 +96,19 @@ def row_loss(
     """
 
     def forward(params: Params, *tensors: Tensor) -> tuple[Tensor, ...]:
-        form, _, before, after, _, batch, mean, result = params
         rows, labels = tensors[:arity], tensors[arity:]
-        return losses(form.reduction, rows, labels, form.kept, batch, mean, result, before, after)
+        launch = params.launch or plan_of(params, rows, labels)
+        return losses(launch, rows, labels, params.form.kept, params.result)
+
+    def plan_of(params: Params, rows: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Plan:
+        form, _, before, after, _, batch, mean, result = params[:8]
+        return plan_for(form.reduction, rows, labels, batch, mean, result, before, after)
+
+    def prepared(params: Params, *tensors: Tensor) -> Params:
+        return params._replace(
+            specs=tuple([Spec(t.shape, t.dtype) for t in tensors]),
+            launch=plan_of(params, tensors[:arity], tensors[arity:]),
+        )
 
     def saves(params: Params, needs: Needs) -> tuple[int, ...]:
         count = len(needs)
@@ -145,6 +160,7 @@ def row_loss(
         batched += batch_all(tensors[arity:], dims[arity:], rank - 1)
         if params.batch is not None:
             params = params._replace(batch=params.batch + 1)
+        params = params._replace(specs=None, launch=None)
         found = apply(op, params, batched, everything=True)
         return found, (0,) * len(found)
 
@@ -152,7 +168,9 @@ def row_loss(
         name=name,
         bind=bind,
         forward=forward,
+        prepare=prepared,
         replaces=(target,),
+        specs=operator.attrgetter("specs"),
         saves=saves,
         rule=full_rule,
         backward=_backward_op(name, arity, full_rule),

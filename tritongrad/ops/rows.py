@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ..admission import settle
 from ..dispatch import apply
-from ..dtypes import COMPUTE_DTYPE, FLOATING, TRITON_DTYPE, Number, encode_all
+from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
 from ..function import vjp
-from ..kernels import pointwise as k
-from ..launchers.pointwise import NARROW, elementwise
+from ..launchers.pointwise import elementwise, prepare, run
 from ..layout import broadcast_shape
 from ..op import Bind, Needs, Op, Spec, Tensors, register
-from ..runtime import launch_prepared
 from ..sampling import Make, Sample
 from ..symbolic import formula
 from .operands import Params
@@ -98,56 +96,34 @@ def row(
     slots = {"out": arity} | {n: i for i, n in enumerate(inputs)}
     wants = {n: tuple(inspect.signature(rule).parameters) for n, rule in rules.items()}
 
-    # What the dense kernel is compiled for when all operands are alike, by form and dtype.
-    metas = {
-        (form, dtype): {
-            "F": function,
-            "RAW": raw,
-            "RESULT": TRITON_DTYPE[dtype],
-            "COMPUTE": TRITON_DTYPE[COMPUTE_DTYPE[dtype]],
-            "WIDE": False,
-            "BLOCK": k.DENSE_BLOCK,
-        }
-        for form, function in forward_functions.items()
-        for dtype in FLOATING
-    }
-
-    def forward(params: Params, *tensors: Any) -> Tensor:
-        if params.specs is not None:
-            # The common case, without elementwise()'s search for one: about 2 us less.
-            first = tensors[-1]  # not a condition
-            for t in tensors:
-                if not t.is_contiguous():
-                    break
-            else:
-                n = first.numel()
-                if 0 < n <= NARROW:
-                    result = (
-                        torch.empty_like(first, dtype=torch.bool)
-                        if boolean
-                        else torch.empty_like(first)
-                    )
-                    numbers = params.consts
-                    if numbers:
-                        numbers = encode_all(numbers, COMPUTE_DTYPE[params.result])
-                    launch_prepared(
-                        k.pointwise_dense,
-                        (-(-n // k.DENSE_BLOCK),),
-                        ((result,), tensors, (), numbers, n),
-                        result,
-                        metas[params.form, params.result],
-                    )
-                    return result
-        tensors = halved(tensors, 0, params)
+    def chosen(params: Params) -> tuple[Any, torch.dtype]:
+        """The device function of a call, and the dtype of its result."""
         function, scalars = forward_functions[params.form], params.scalars
         if for_number is not None and scalars and scalars[-1] is not None:
             function, _ = for_number(scalars[-1])
-        dtype = torch.bool if boolean else params.result
+        return function, torch.bool if boolean else params.result
+
+    def forward(params: Params, *tensors: Any) -> Tensor:
+        if params.halves is not None:
+            tensors = halved(tensors, 0, params)
+        if params.launch is not None:
+            return run(params.launch, tensors)
+        function, dtype = chosen(params)
         (out,) = elementwise(
-            function, raw, tensors, scalars, params.consts, params.result, (dtype,)
+            function, raw, tensors, params.scalars, params.consts, params.result, (dtype,)
         )
         assert out is not None
         return out
+
+    def prepared(params: Params, *tensors: Any) -> Params:
+        function, dtype = chosen(params)
+        operands, specs = halved(tensors, 0, params), params.specs
+        if specs is None:
+            specs = tuple([None if t is None else Spec(t.shape, t.dtype) for t in tensors])
+        launch = prepare(
+            function, raw, operands, params.scalars, params.consts, params.result, dtype
+        )
+        return params._replace(specs=specs, launch=launch)
 
     kept: dict[tuple[Needs, tuple[bool, ...]], tuple[int, ...]] = {}
 
@@ -225,13 +201,14 @@ def row(
         # A batched pointwise op is the op with one more dimension.
         rank = logical_rank(tensors, dims)
         # An input that all samples share is smaller than the others now.
-        params = params._replace(specs=() if arity == 1 else None)
+        params = params._replace(specs=() if arity == 1 else None, launch=None)
         return apply(op, params, batch_all(tensors, dims, rank)), 0
 
     op = Op(
         name=name,
         bind=bind,
         forward=forward,
+        prepare=prepared,
         replaces=targets,
         variants=variants or {},
         shares=shares,

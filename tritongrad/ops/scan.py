@@ -8,6 +8,7 @@ length alone.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,16 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, INTEGRAL
 from ..kernels import reduction as k
 from ..kernels import reduction_backward as kb
 from ..launchers.reduction import Reduction, plan_for, run_many
-from ..launchers.scan import CUMPROD, CUMPROD_BACKWARD, CUMSUM, RECURRENCE, Scan, scan
+from ..launchers.scan import (
+    CUMPROD,
+    CUMPROD_BACKWARD,
+    CUMSUM,
+    RECURRENCE,
+    Launch,
+    Scan,
+    prepare,
+    run,
+)
 from ..layout import batched
 from ..op import Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
@@ -45,11 +55,19 @@ class ScanParams(NamedTuple):
         dims: the dimension that it goes along; none of a number.
         reverse: whether it begins at the last element.
         result: dtype of the result, to which torch converts the input first.
+        specs: of the tensor, and
+        launch: of a call that is remembered; neither of another, nor of other tensors.
     """
 
     dims: tuple[int, ...]
     reverse: bool
     result: torch.dtype
+    specs: tuple[Spec, ...] | None = None
+    launch: Launch | None = None
+
+    def elsewhere(self, **changes: Any) -> ScanParams:
+        """Of other tensors."""
+        return self._replace(specs=None, launch=None, **changes)
 
 
 def _bind(
@@ -70,16 +88,22 @@ def _bind(
 
 
 def _run(kind: Scan, params: ScanParams, *operands: Tensor) -> Tensor:
+    if params.launch is not None:
+        return run(params.launch, operands)
     if not params.dims:  # of a number, or of numbers in a batch
         along = params._replace(dims=(operands[0].dim(),))
         # In place: a view made inside a Function could not be modified in place by the user.
         return _run(kind, along, *[t.unsqueeze(-1) for t in operands]).squeeze_(-1)
+    return run(_launch(kind, params, operands), operands)
+
+
+def _launch(kind: Scan, params: ScanParams, operands: tuple[Tensor, ...]) -> Launch:
     (dim,) = params.dims
-    return scan(kind, operands, dim, params.reverse, params.result, params.result)
+    return prepare(kind, operands, dim, params.reverse, params.result)
 
 
 def _other_way(params: ScanParams) -> ScanParams:
-    return params._replace(reverse=not params.reverse)
+    return params.elsewhere(reverse=not params.reverse)
 
 
 # -------------------------------------------------------------------------------- torch mathematics
@@ -108,20 +132,20 @@ def _flipped(function: Callable[..., Tensor], x: Tensor, params: ScanParams) -> 
 
 def _sums(x: Tensor, params: ScanParams) -> Tensor:
     if launchable((x,)):
-        return apply(cumsum, params, (x,))
+        return apply(cumsum, params.elsewhere(), (x,))
     return _flipped(torch.cumsum, x, params)
 
 
 def _products(x: Tensor, params: ScanParams) -> Tensor:
     if launchable((x,)):
-        return apply(cumprod, params, (x,))
+        return apply(cumprod, params.elsewhere(), (x,))
     return _flipped(torch.cumprod, x, params)
 
 
 def _solved(a: Tensor, b: Tensor, params: ScanParams) -> Tensor:
     """y[i] = a[i] y[i-1] + b[i], beginning with 0."""
     if launchable((a, b)):
-        return apply(recurrence, params, (a, b))
+        return apply(recurrence, params.elsewhere(), (a, b))
     step, length = 1, a.shape[params.dims[0]] if params.dims else 1
     while step < length:
         # Each element has taken in `step` before it, and takes in those of the one so far back.
@@ -225,14 +249,20 @@ def _scan_op(
         assert tangents[0] is not None
         return jvp(params, *tensors, *outs, settle(tangents[0]))
 
+    def prepared(params: ScanParams, x: Tensor) -> ScanParams:
+        launch = _launch(kind, params, (x,)) if params.dims else None
+        return params._replace(specs=(Spec(x.shape, x.dtype),), launch=launch)
+
     def vmap(info: Any, params: ScanParams, tensors: Tensors, dims: tuple) -> tuple[Any, int]:
-        return apply(op, shifted(params), batched(tensors, dims)), 0
+        return apply(op, shifted(params.elsewhere()), batched(tensors, dims)), 0
 
     op = Op(
         name=name,
         bind=_bind,
         forward=lambda params, x: _run(kind, params, x),
+        prepare=prepared,
         replaces=targets,
+        specs=operator.attrgetter("specs"),
         saves=lambda params, needs: saves,
         rule=full_rule,
         backward=None

@@ -178,8 +178,10 @@ def bind_masked_fill(input: Tensor, mask: Tensor, value: Tensor | Number) -> tup
         raise Unsupported("value beyond the input's dtype")
     tensors, params = read_operands(("input", "mask", "value"), (input, mask, value))
     # torch's result is contiguous whatever the layout of its operands.
-    full = input.expand(broadcast_shape((input, mask))).contiguous()
-    return (full, *tensors[1:]), params
+    shape = broadcast_shape((input, mask))
+    if input.shape != shape or not input.is_contiguous():
+        tensors = (input.expand(shape).contiguous(), *tensors[1:])
+    return tensors, params
 
 
 def bind_float_power(input: Tensor | Number, exponent: Tensor | Number) -> tuple[Tensors, Params]:
