@@ -9,16 +9,19 @@ interpreter calls is replaced.
 While a kernel runs, functions of ``triton.language`` are replaced by its own. It looks for them
 among all members of five namespaces, and does so again for each call of a device function within
 the kernel, which is more than half of the time of a small kernel. What it finds is always the same,
-so it is found once, and put in place once a launch. Types of blocks are made once, too. Together: a
-quarter of the time.
+so it is found once, and put in place once a launch. Types of blocks are made once, too, as are
+signatures of kernels, types of numbers and pointers, and numpy's types. Together: half of the time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from typing import Any
 
 import numpy
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -139,9 +142,95 @@ def _remember_types() -> None:
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
 
 
+def _remember_numpy_types() -> None:
+    """The interpreter makes a table of them for each look into it."""
+    look = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def numpy_type(ty: Any) -> Any:
+        element = ty.element_ty if isinstance(ty, tl.block_type) else ty
+        if isinstance(element, tl.pointer_type):
+            return look(element)
+        found = known.get(element.name)
+        if found is None:
+            found = known[element.name] = look(element)
+        return found
+
+    interpreter._get_np_dtype = numpy_type
+
+
+def _remember_types_of_arguments() -> None:
+    """Of numbers that fit 32 bits, and of tensors by their dtype."""
+    convert = interpreter._implicit_cvt
+    pointers: dict[torch.dtype, Any] = {}
+
+    def argument(arg: Any) -> Any:
+        kind = type(arg)
+        if kind is int and -(2**31) <= arg < 2**31:
+            handle = TensorHandle(numpy.array([arg], dtype=numpy.int32), tl.int32)
+            return tl.tensor(handle, tl.int32)
+        if kind is tuple:
+            return tuple([argument(a) for a in arg])
+        if kind is not torch.Tensor:
+            return convert(arg)
+        ty = pointers.get(arg.dtype)
+        if ty is None:
+            ty = pointers[arg.dtype] = convert(arg).type
+        handle = TensorHandle(numpy.array([arg.data_ptr()], dtype=numpy.uint64), ty)
+        return tl.tensor(handle, ty)
+
+    interpreter._implicit_cvt = argument
+
+
+class _Inspect:
+    """Python's ``inspect`` for the interpreter, which remembers what kernels take."""
+
+    def __init__(self) -> None:
+        self.getfullargspec = functools.cache(inspect.getfullargspec)
+
+    def getcallargs(self, function: Any, *args: Any, **named: Any) -> dict[str, Any]:
+        names = self.getfullargspec(function).args
+        found = dict(zip(names, args, strict=False)) | named
+        if len(args) + len(named) == len(found) == len(names):
+            return found
+        return inspect.getcallargs(function, *args, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(inspect, name)
+
+
+def _leave_host_memory_alone() -> None:
+    """Tensors of the CPU are where the interpreter reads and writes them; it makes others of the
+    same memory, and copies that to itself."""
+    executor = interpreter.GridExecutor
+    to_host, to_device = executor._init_args_hst, executor._restore_args_dev
+
+    def foreign(value: Any) -> bool:
+        if type(value) is tuple:
+            return any(map(foreign, value))
+        return hasattr(value, "data_ptr") and not (type(value) is torch.Tensor and value.is_cpu)
+
+    def init(self: Any, args: Any, named: Any) -> Any:
+        if foreign((*args, *named.values())):
+            return to_host(self, args, named)
+        return args, named
+
+    def restore(self: Any, args: Any, host: Any, named: Any, named_host: Any) -> None:
+        if host is not args:
+            to_device(self, args, host, named, named_host)
+
+    executor._init_args_hst, executor._restore_args_dev = init, restore
+
+
 def quicken() -> None:
     """Leave out what the interpreter repeats or does for nothing, where it is made as known."""
     _remember_types()
+    _remember_numpy_types()
+    _remember_types_of_arguments()
+    _leave_host_memory_alone()
+    interpreter.inspect = _Inspect()
+    # It compares the size of what it has just made with that of its type.
+    TensorHandle.__post_init__ = lambda self: None
     if hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_MISSING"):
         interpreter._patch_lang = _Replacements()
     builder = interpreter.interpreter_builder

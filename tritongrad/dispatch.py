@@ -18,7 +18,7 @@ from .admission import transforming
 from .extension import EXTENSIONS
 from .op import OVERLOADS, TARGETS, Bind, Op, OtherOverload, Tensors, Unsupported
 from .policy import SLOWER, Policy
-from .program import Recalled, Recorder
+from .program import Recalled, Recorder, state, versions
 from .runtime import local
 from .sampling import Sample
 from .sampling import tensors as tensors_of
@@ -250,13 +250,14 @@ def compose(op: Op, params: Any, tensors: Tensors) -> Any:
     """Run a composite: its definition, each operation of it on the op that replaces it."""
     if type(params) is not Recalled:
         return define(op, params, tensors, rules())
-    if params.program is not None and not _any_autocast():
-        return params.program(tensors)
-    if not params.recording or _any_autocast():
-        return define(op, params.params, tensors, rules())
+    now = state()
+    if now in params.programs:
+        program = params.programs[now]
+        return define(op, params.params, tensors, rules()) if program is None else program(tensors)
     recorder = Recorder(tensors)
     found = define(op, params.params, tensors, recording(recorder))
-    params.program, params.recording = recorder.program(found), False
+    # In a region of autocast the parts were called in one where it is off.
+    params.programs[now] = None if _any_autocast() else recorder.program(found)
     return found
 
 
@@ -312,16 +313,23 @@ class recording(rules):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        with bypass():
+            before = versions(args)
         result = super().__torch_function__(func, types, args, kwargs)
         target = TARGETS.get(func)
-        run = func
-        if target is not None:
-
-            def run(*args: Any, **kwargs: Any) -> Any:
-                return dispatch(*target, func, args, kwargs, None)
-
-        self.recorder.note(run, func, args, kwargs or {}, result)
+        run = func if target is None else _dispatching(*target, func)
+        with bypass():
+            self.recorder.failed |= versions(args) != before
+            self.recorder.note(run, func, args, kwargs, result)
         return result
+
+
+def _dispatching(op: Op, bind: Bind, func: Function) -> Function:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return dispatch(op, bind, func, args, kwargs, None)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -1,42 +1,62 @@
-"""Composites as programs: the calls that a definition makes of tensors it was given before.
+"""Composites as programs: the calls that a definition makes of the tensors it is given.
 
-Of tensors of the same shapes, strides and dtypes, and of the same numbers, a definition makes the
-same calls. They are recorded the first time that ``recall`` knows a call, and made again without
-the definition, the mode that reads it, and its look at shapes.
+Of tensors that ``recall`` takes for those of an earlier call, and of the same params, a definition
+makes the same calls. They are recorded the first time, and made again without the definition, the
+mode that reads it, and its look at shapes. It is the calls that are made again, of ops and of torch
+alike, each read as any other: nothing of an earlier result, of values or of random numbers is in a
+program, and no tensor of a caller.
+
+A definition may look at what ``recall`` compares, ``LOOKS`` and ``PROPERTIES`` of its tensors, and
+at what ``state`` has, under which alone a program is used. One that looks at anything else of a
+tensor (its values), that writes in place, or that hands tensors on in lists or takes several
+results of one call, has no program and is evaluated each time.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .op import Tensors
 
 Function = Callable[..., Any]
 
-_LOOKS = frozenset(("__get__", "dim", "size", "stride", "numel", "is_floating_point"))
-"""Functions of what ``recall`` has compared: their results need no call."""
+LOOKS = frozenset(("dim", "ndimension", "size", "stride", "numel", "is_floating_point"))
+PROPERTIES = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad"))
+VIEWS = frozenset(("T", "mT"))
+"""Properties that are tensors: calls like others."""
+
+
+def state() -> Hashable:
+    """What definitions may depend on beside their arguments."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch._C._is_any_autocast_enabled(),
+        forward_ad._current_level,
+    )
 
 
 class Recalled:
-    """Params of a composite's call that is known, and its program once it was recorded.
+    """Params of a composite's call that ``recall`` remembers.
 
     Attributes:
         params: what the definition takes.
-        program: None before the first run, and where there can be none.
-        recording: whether one is still to be recorded.
+        programs: by ``state``; None where there can be none.
     """
 
-    __slots__ = ("params", "program", "recording")
+    __slots__ = ("params", "programs")
 
     def __init__(self, params: Any, *_: Tensor | None) -> None:
         self.params = params
-        self.program: Program | None = None
-        self.recording = True
+        self.programs: dict[Hashable, Program | None] = {}
 
 
 class Program:
@@ -50,7 +70,7 @@ class Program:
     ) -> None:
         self.constants = list(constants)
         self.calls = [
-            (function if not named else partial(function, **named), _arguments(places))
+            (partial(function, **named) if named else function, _arguments(places))
             for function, places, named in calls
         ]
         self.result = result
@@ -70,26 +90,31 @@ def _arguments(places: Sequence[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
 
 
 class Recorder:
-    """Notes the calls of a definition. It gives up on what a program cannot be made of: values
-    that depend on what is in a tensor, several results."""
+    """Notes the calls of a definition, until one that has no place in a program."""
 
     def __init__(self, tensors: Tensors) -> None:
-        self.constants: list[Any] = []
-        # Kept, so that no id is another's later. A place is a constant's, or past all of those.
         self.known: list[Tensor | None] = list(tensors)
+        self.constants: list[Any] = []
+        # Of each argument: whether it is a tensor, and its place among those, or the constants.
         self.calls: list[tuple[Function, list[tuple[bool, int]], dict[str, Any]]] = []
         self.failed = False
 
-    def note(self, run: Function, func: Function, args: tuple, kwargs: dict, result: Any) -> None:
-        """``func`` of these arguments gave ``result``, as ``run`` gives it again."""
-        if not isinstance(result, Tensor):
-            self.failed |= getattr(func, "__name__", "") not in _LOOKS
-            return
-        if self._place(result) is not None:
-            return  # one of those that are there
+    def note(
+        self, run: Function, func: Function, args: tuple, kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """``func`` of these arguments gave ``result``, as ``run`` of them gives it again."""
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            allowed = VIEWS if isinstance(result, Tensor) else PROPERTIES
+            self.failed |= name not in allowed
+        elif not isinstance(result, Tensor):
+            self.failed |= name not in LOOKS
+        self.failed |= name.endswith("_") or "out" in kwargs  # __setitem__ and the like, too
+        if not isinstance(result, Tensor) or self._place(result) is not None:
+            return  # nothing new: of a tensor in the dtype it has, ``to`` returns itself
         places = [self._argument(value) for value in args]
-        if any(_holds_tensor(value) for value in kwargs.values()):
-            self.failed = True
+        self.failed |= any(map(_holds_tensor, kwargs.values()))
         self.calls.append((run, places, dict(kwargs)))
         self.known.append(result)
 
@@ -97,12 +122,10 @@ class Recorder:
         return next((i for i, known in enumerate(self.known) if known is value), None)
 
     def _argument(self, value: Any) -> tuple[bool, int]:
-        if isinstance(value, Tensor):
-            place = self._place(value)
-            if place is not None:
-                return True, place
-        if _holds_tensor(value):
-            self.failed = True  # of unknown origin, or in a list
+        place = self._place(value) if isinstance(value, Tensor) else None
+        if place is not None:
+            return True, place
+        self.failed |= _holds_tensor(value)  # of unknown origin, or in a list
         self.constants.append(value)
         return False, len(self.constants) - 1
 
@@ -112,12 +135,20 @@ class Recorder:
         if self.failed or place is None:
             return None
         before = len(self.constants)
+        calls = [
+            (run, [before + i if is_tensor else i for is_tensor, i in places], named)
+            for run, places, named in self.calls
+        ]
+        return Program(self.constants, calls, before + place)
 
-        def absolute(is_tensor: bool, place: int) -> int:
-            return before + place if is_tensor else place
 
-        calls = [(run, [absolute(*p) for p in places], kw) for run, places, kw in self.calls]
-        return Program(self.constants, calls, absolute(True, place))
+def versions(values: Any) -> list[int]:
+    """How often each tensor in ``values`` was written to; -1 for one that does not count."""
+    if isinstance(values, (tuple, list)):
+        return [version for value in values for version in versions(value)]
+    if isinstance(values, Tensor):
+        return [-1 if values.is_inference() else values._version]
+    return []
 
 
 def _holds_tensor(value: Any) -> bool:
