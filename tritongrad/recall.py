@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .admission import PLAIN_TYPES, transforming
+from .admission import PLAIN_TYPES, is_plain, transforming
 from .dtypes import FLOATING
 from .op import Bind, Tensors
 
@@ -111,8 +111,8 @@ def remembering(
                 return pick(tensors), params
         args, kwargs = _own(args), {name: _own(value) for name, value in kwargs.items()}
         bound, params = bind(*args, **kwargs)
-        order = _order(tensors, bound)
-        if order is not None and not transforming():
+        order = None if transforming() else _order(tensors, bound)
+        if order is not None:
             if len(known) >= MOST:
                 known.clear()
             if prepare is not None:
@@ -166,7 +166,9 @@ def _viewing(views: list[tuple[int, torch.Size]], pick: Pick) -> Pick:
 def _is_reshaped(view: Tensor, tensor: Tensor) -> bool:
     """Whether ``view`` is what ``tensor.view`` of its shape is, of which gradients flow back as
     far."""
-    if forward_ad._current_level >= 0 or view.requires_grad != tensor.requires_grad:
+    if not is_plain(view) or not is_plain(tensor) or forward_ad._current_level >= 0:
+        return False
+    if view.requires_grad != tensor.requires_grad:
         return False
     if view.dtype is not tensor.dtype or view.data_ptr() != tensor.data_ptr():
         return False

@@ -174,6 +174,8 @@ class Labelled(NamedTuple):
 
     def permuted(self, labels: Sequence[Label]) -> Labelled:
         """It with its dimensions in another order."""
+        if tuple(labels) == self.labels:
+            return self
         dims = [self.labels.index(label) for label in labels]
         return Labelled(self.tensor.permute(dims), tuple(labels))
 
@@ -182,7 +184,8 @@ class Labelled(NamedTuple):
         first, *rest = groups
         shape = [self.size(label) for label in first]
         shape += [math.prod([self.size(label) for label in group]) for group in rest]
-        return self.permuted([label for group in groups for label in group]).tensor.reshape(shape)
+        tensor = self.permuted([label for group in groups for label in group]).tensor
+        return tensor if list(tensor.shape) == shape else tensor.reshape(shape)
 
     def spread(self, labels: Labels) -> Tensor:
         """It with dimensions in the order of ``labels``, of size 1 where it has none."""
@@ -237,7 +240,7 @@ def _contract(x: Labelled, y: Labelled, kept: set[Label], order: Labels) -> Labe
         return Labelled(torch.linalg.vecdot(left, right), labels)
     product = torch.matmul(x.ordered(batch, rows, depth), y.ordered(batch, depth, columns))
     shape = [(x if label in x.labels else y).size(label) for label in labels]
-    return Labelled(product.reshape(shape), labels)
+    return Labelled(product if list(product.shape) == shape else product.reshape(shape), labels)
 
 
 def _value(equation: Equation, *tensors: Tensor) -> Tensor:
@@ -252,7 +255,8 @@ def _value(equation: Equation, *tensors: Tensor) -> Tensor:
         needed = set(output).union(*[operand.labels for operand in left])
         found = _contract(x, y, needed, order)
         left.append(found.permuted(sorted(found.labels, key=order.index)))
-    return left[0].summed_to(set(output)).permuted(output).tensor
+    found = left[0].summed_to(set(output)).permuted(output).tensor
+    return found.view_as(found) if any(found is t for t in tensors) else found
 
 
 # ----------------------------------------------------------------------------------------- samples
