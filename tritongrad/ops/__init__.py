@@ -32,6 +32,7 @@ from . import margin as margin
 from . import matmul as matmul
 from . import moments as moments
 from . import norm as norm
+from . import normalize as normalize
 from . import rope as rope
 from . import row_loss as row_loss
 from . import scan as scan

@@ -1,9 +1,9 @@
-"""Two tensors row by row: ``cosine_similarity`` and ``pairwise_distance``; and ``normalize``.
+"""Two tensors row by row: ``cosine_similarity`` and ``pairwise_distance``.
 
-The first two are reductions of two operands, each in one kernel, with a backward that is one kernel
-more; ``normalize`` is a composite. The rules are those that torch's own compositions have
-(Distance.cpp): a distance is the norm of a difference; of a norm that is too small to divide by, an
-angle takes the slope of the norm all the same.
+They are reductions of two operands, each in one kernel, with a backward that is one kernel more. The
+rules are those that torch's own compositions have (Distance.cpp): a distance is the norm of a
+difference; of a norm that is too small to divide by, an angle takes the slope of the norm all the
+same.
 """
 
 from __future__ import annotations
@@ -35,14 +35,11 @@ from ..launchers.reduction import (
 from ..layout import broadcast_shape, broadcasts
 from ..op import OPS, BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
-from .composite import POINTWISE, composite
-from .contraction import REDUCTION
 from .reduction import (
     Kind,
     Params,
     count_of,
     exact_pointwise,
-    read,
     restored,
     shifted,
     total_of,
@@ -415,48 +412,6 @@ def _distance_samples(make: Make) -> Iterator[Sample]:
         yield Sample((make(3, 5), make(5)), {"p": p, "keepdim": True}, f"p={p}")
 
 
-# --------------------------------------------------------------------------------------- normalize
-
-
-class _Normal(NamedTuple):
-    p: float
-    dim: Any
-    eps: float
-
-
-def _bind_normalize(
-    input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None
-) -> tuple[Tensors, _Normal]:
-    if out is not None:
-        raise Unsupported("out=")
-    admit(input)
-    if input.dtype not in FLOATING:
-        raise Unsupported("integer input")
-    if any(isinstance(v, bool) or not is_number(v) for v in (p, eps)):
-        raise Unsupported(f"p={p!r}, eps={eps!r}")
-    if dim is None or dim in ((), []):
-        raise Unsupported(f"dim={dim!r}")
-    # The norm's own reading of them, so that what it refuses is refused before anything runs.
-    read(input, dim, True, None, norm_of, float(p))
-    # As torch rounds it: in float16 nothing is left of the usual one.
-    return (input,), _Normal(p, dim, torch.tensor(eps, dtype=input.dtype).item())
-
-
-def _normalized(params: _Normal, x: Tensor) -> Tensor:
-    # Not rounded to half precision on the way, because in the gradient two terms cancel.
-    wide = x.to(COMPUTE_DTYPE[x.dtype])
-    norm = wide.norm(params.p, params.dim, True)
-    return (wide / torch.where(norm < params.eps, params.eps, norm)).to(x.dtype)
-
-
-def _normalize_samples(make: Make) -> Iterator[Sample]:
-    yield Sample((make(3, 5),), {}, "rows")
-    yield Sample((make(2, 3, 4),), {"dim": (0, -1), "p": 3.0}, "several dims")
-    yield Sample((make(4, 9)[:, ::2].t(),), {"dim": 0}, "strided")
-    yield Sample((make(2, 0, 3),), {"dim": 2}, "empty")
-    yield Sample((make(2, 1031),), {"p": 1.0}, "past one block")
-
-
 # ------------------------------------------------------------------------------------------- TABLE
 
 _pair(
@@ -471,10 +426,4 @@ _pair(
     rule=_distance_rule, backward=_distance_backward, jvp=_distance_jvp,
     samples=_distance_samples,
     formula="dx = g * sign(x - y) * (abs(x - y) / out) ** (p - 1); dy = -dx",
-)  # fmt: skip
-composite(
-    "normalize", F.normalize,
-    bind=_bind_normalize, value=_normalized, kernels=REDUCTION + POINTWISE,
-    formula="that of x / max(|x|, eps)", samples=_normalize_samples,
-    autocast={"cuda": "float32"}, opinfo=("nn.functional.normalize",),
 )  # fmt: skip

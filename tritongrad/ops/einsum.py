@@ -255,8 +255,8 @@ def _value(equation: Equation, *tensors: Tensor) -> Tensor:
         needed = set(output).union(*[operand.labels for operand in left])
         found = _contract(x, y, needed, order)
         left.append(found.permuted(sorted(found.labels, key=order.index)))
-    found = left[0].summed_to(set(output)).permuted(output).tensor
-    return found.view_as(found) if any(found is t for t in tensors) else found
+    result = left[0].summed_to(set(output)).permuted(output).tensor
+    return result.view_as(result) if any(result is t for t in tensors) else result
 
 
 # ----------------------------------------------------------------------------------------- samples
