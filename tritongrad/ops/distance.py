@@ -1,7 +1,7 @@
 """Two tensors row by row: ``cosine_similarity`` and ``pairwise_distance``.
 
-They are reductions of two operands, each in one kernel, with a backward that is one kernel more. The
-rules are those that torch's own compositions have (Distance.cpp): a distance is the norm of a
+They are reductions of two operands, each in one kernel, with a backward that is one kernel more.
+The rules are those that torch's own compositions have (Distance.cpp): a distance is the norm of a
 difference; of a norm that is too small to divide by, an angle takes the slope of the norm all the
 same.
 """
