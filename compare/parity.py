@@ -69,9 +69,26 @@ def _bags(
     return sums if mode == "sum" else sums / counts.clamp(min=1)
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **kwargs)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """torch's formula; with dropout, the op's own, of the numbers that it draws."""
+
+    def native(*arguments: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*arguments, **kwargs)
+
+    call = native
+    if dropout_p:
+        call = _own_numbers(*TARGETS[F.scaled_dot_product_attention], native)
+    result: Tensor = call(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+    return result
 
 
 def _gaussian_nll_loss(
@@ -120,8 +137,11 @@ STAND_INS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def seeded(op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, if ``op`` is random with the same numbers in each call."""
-    if not op.random:
-        return function
+    return fixed(function) if op.random else function
+
+
+def fixed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the same random numbers in each call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.random.fork_rng():
@@ -131,7 +151,7 @@ def seeded(op: Op, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _own_numbers(op: Op, function: Callable[..., Any], bind: Bind) -> Callable[..., Any]:
+def _own_numbers(op: Op, bind: Bind, function: Callable[..., Any]) -> Callable[..., Any]:
     """The definition of a random op in torch mathematics, of the numbers that the op draws; where
     it takes no call, torch's function."""
 
@@ -142,14 +162,13 @@ def _own_numbers(op: Op, function: Callable[..., Any], bind: Bind) -> Callable[.
             except (Unsupported, TypeError):
                 return function(*args, **kwargs)
             assert op.reference is not None
-            (result,) = op.reference(params, *tensors)
-            return result
+            return op.reference(params, *tensors)[0]
 
     return native
 
 
 STAND_INS |= {
-    function: _own_numbers(op, function, bind)
+    function: _own_numbers(op, bind, function)
     for function, (op, bind) in TARGETS.items()
     if op.random
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
 import tritongrad
-from tritongrad.compare.parity import STAND_INS, seeded
+from tritongrad.compare.parity import STAND_INS, fixed, seeded
 from tritongrad.dispatch import torch_name
 from tritongrad.op import OPS, Op
 from tritongrad.ops import criterion
@@ -168,11 +169,21 @@ class Call:
         inputs: leaves that require a gradient, with the values and strides of the sample's.
     """
 
-    def __init__(self, op: Op, sample: Sample, func: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        op: Op,
+        sample: Sample,
+        func: Callable[..., Any] | None = None,
+        *,
+        may_draw: bool = False,
+    ) -> None:
+        """``may_draw``: of an op that is not random, this call may draw numbers all the same."""
         self.op = op
         self.func = func or op.replaces[0]
         self.native = STAND_INS.get(self.func, self.func)
-        self._func, self._native = seeded(op, self.func), seeded(op, self.native)
+        self._may_draw = may_draw
+        seed = fixed if may_draw else partial(seeded, op)
+        self._func, self._native = seed(self.func), seed(self.native)
         self.sample = sample
         # A dictionary, because a tensor may be two arguments of one call.
         originals = {id(t): t for t in tensors(sample) if t.requires_grad}
@@ -234,7 +245,7 @@ class Call:
 
         args, kwargs, note = self.sample
         wide = Sample(tuple(map(widen, args)), {n: widen(v) for n, v in kwargs.items()}, note)
-        return Call(self.op, wide, self.func)
+        return Call(self.op, wide, self.func, may_draw=self._may_draw)
 
 
 class Derivatives(NamedTuple):

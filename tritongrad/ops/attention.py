@@ -316,6 +316,7 @@ def _make(name: str, *targets: Any, **fields: Any) -> Op:
         outputs=2,
         saves=lambda options, needs: tuple(range(calculus.INPUTS + 2)),
         rule=calculus.attention_rule,
+        reference=calculus.attention_reference,
         backward=calculus.GRADIENT,
         jvp=calculus.attention_jvp,
         vmap=calculus.attention_vmap(lambda: op),
@@ -334,6 +335,7 @@ _make(
     "scaled_dot_product_attention", F.scaled_dot_product_attention,
     autocast={"cpu": "lower", "cuda": "lower"},
     bind=_bind, overloads=(_bind_more,), returns=operator.itemgetter(0), samples=_samples,
+    opinfo=("nn.functional.scaled_dot_product_attention",),
 )  # fmt: skip
 _make(
     "attention", attention,

@@ -263,6 +263,11 @@ def _gradient_forward(bp: BackwardParams, g: Any, h: Any, *rest: Any) -> Any:
     return wanted(found, bp.needs)
 
 
+def attention_reference(options: Options, *tensors: Tensor | None) -> Tensors:
+    x = inputs_of(tensors)
+    return formulas.value(options, x, keep(options, x))
+
+
 def attention_rule(
     options: Options, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors
 ) -> Tensors:
