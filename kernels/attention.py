@@ -9,19 +9,21 @@ head without a value, rows are
 
 where D is 1, or dropout's 0 or 1 / (1 - probability). A tangent marked ', t = ds:
 
-    y = scale (q'_i . k_j + q_i . k'_j)    t = u'(z) y + bias'    u' = 1 - (u / c)^2
+    y = scale (q'_i . k_j + q_i . k'_j)    t = u'(z) y + bias' - slope' |i - j|
+    u' = 1 - (u / c)^2
     mu_i = lse'_i = sum_j p t              o'_i = sum_j D p (t v_j + v'_j) - mu_i o_i
 
 Gradients for cotangents g of o and h of lse, with e = D g_i . v_j and delta_i = g_i . o_i - h_i:
 
     r = dL/ds = p (e - delta)              dq_i = scale sum_j u' r k_j
     dv_j = sum_i D p g_i                   dk_j = scale sum_i u' r q_i       dbias = r
+    dslope = -sum_ij r |i - j|
 
 Those of <g, o'> + <h, mu>, the tangent's. Along q', k', v' they are the gradients above, because
 the tangent is linear in them. Along q, k, v, with f = D g_i . v'_j and omega_i = g_i . o'_i:
 
     w = dL/ds = p ((t - mu) (e - delta) + f - omega)         dL/dy = u' r
-    dz = u' w + u'' r y       u'' = -2 u' u / c^2            dbias = w
+    dz = u' w + u'' r y       u'' = -2 u' u / c^2            dbias = w    dslope = -sum w |i - j|
     dq_i = scale sum_j (dz k_j + u' r k'_j)    dk_j = scale sum_i (dz q_i + u' r q'_i)
     dv_j = sum_i D p (t - mu) g_i
 
@@ -323,11 +325,12 @@ def attention_fwd(
 
 @triton.jit
 def attention_jvp(
-    tangent, mu_ptr, q, k, v, dq, dk, dv, dmask, dsinks, out, lse_ptr, extras, about,
+    tangent, mu_ptr, q, k, v, tangents, out, lse_ptr, extras, about,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """o' and mu of one block of queries; tangents (`d` of an input) are None where they are 0."""
+    """o' and mu of one block of queries; tangents are None where they are 0."""
+    dq, dk, dv, dmask, dsinks, dslopes = tangents
     mask, slopes, sinks, seed_ptr, segments = extras
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(L, BLOCK_M)
@@ -344,6 +347,7 @@ def attention_jvp(
     queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
     ACC: tl.constexpr = tl.float64 if queries.dtype == tl.float64 else tl.float32
     slope = number_of(slopes, batch, head, batch_shape, ACC)
+    dslope = number_of(dslopes, batch, head, batch_shape, ACC)
     if dq is not None:
         dqueries = tile(head_of(dq, batch, head, batch_shape), i, c, L, D)
     if dk is not None:
@@ -383,6 +387,8 @@ def attention_jvp(
             t *= scalar(scale, ACC) * steep
             if dmask is not None:
                 t += addend(dmask, i[:, None], j[None, :], inside).to(ACC)
+            if dslopes is not None:
+                t -= dslope * tl.abs(at[:, None] - j[None, :]).to(ACC)
             pt = p * t
             mu += tl.sum(pt, 1)
             if seed_ptr is not None:

@@ -68,10 +68,13 @@ def attention_rows(
 
 @triton.jit
 def attention_bwd_q(
-    dq, g, q, k, v, lse_ptr, delta_ptr, extras, about,
+    dq, dslope_ptr, g, q, k, v, rows, extras, about,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
+    """Of each query dq, and its part in the gradient of its head's slope; what is not wanted is
+    None. `rows` are numbers of each query: lse, delta, and for second derivatives mu and omega."""
+    lse_ptr, delta_ptr = rows[0], rows[1]
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(L, BLOCK_M)
@@ -93,7 +96,10 @@ def attention_bwd_q(
 
     lo, hi, at = seen(i, L, S, down, up, segments)
     first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    if dq is not None:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    if dslope_ptr is not None:
+        steps = tl.zeros((BLOCK_M,), ACC)
     for edges in tl.static_range(2):
         count = end - first - (inner_end - inner) if edges else inner_end - inner
         for step in range(0, count):
@@ -117,19 +123,26 @@ def attention_bwd_q(
             e = product(grads, values, PRECISION)
             if seed_ptr is not None:
                 e *= kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
-            r = p * (e - delta[:, None]) * steep
-            acc = dot(r.to(keys.dtype), keys, acc, PRECISION)
-    put(head_of(dq, batch, head, batch_shape), acc * scalar(scale, ACC), i, c, L, D)
+            r = p * (e - delta[:, None])
+            if dslope_ptr is not None:
+                steps -= tl.sum(r * tl.abs(at[:, None] - j[None, :]).to(ACC), 1)
+            if dq is not None:
+                acc = dot((r * steep).to(keys.dtype), keys, acc, PRECISION)
+    if dq is not None:
+        put(head_of(dq, batch, head, batch_shape), acc * scalar(scale, ACC), i, c, L, D)
+    if dslope_ptr is not None:
+        tl.store(dslope_ptr + matrix * L + i, steps, mask=i < L)
 
 
 @triton.jit
 def attention_bwd_kv(
-    dk, dv, g, q, k, v, lse_ptr, delta_ptr, extras, about,
+    dk, dv, g, q, k, v, rows, extras, about,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Blocks of pairs are keys by queries here: what multiplies gradients and queries needs no
     transposition. `segments` are those of keys; what is not wanted of dk and dv is None."""
+    lse_ptr, delta_ptr = rows[0], rows[1]
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(S, BLOCK_N)
@@ -194,13 +207,15 @@ def attention_bwd_kv(
 
 @triton.jit
 def attention_bwd_mask(
-    dmask, g, q, k, v, tq, tk, tv, tmask, lse_ptr, delta_ptr, mu_ptr, omega_ptr, extras, about,
+    dmask, g, q, k, v, tangents, rows, extras, about,
     own_heads, own_L, own_S, shared_by,
     SHARED_BATCH: tl.constexpr, SHARED_HEADS: tl.constexpr, SHARED_L: tl.constexpr,
     SHARED_S: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """r of a block of the mask, or w where there is a `mu`, summed over all that shares it."""
+    tq, tk, tv, tmask, _, tslopes = tangents
+    lse_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     own_tiles_j = tl.cdiv(own_S, BLOCK_N)
@@ -271,6 +286,9 @@ def attention_bwd_mask(
                     if tmask is not None:
                         there = head_if(tmask, batch, head, batch_shape)
                         t += addend(there, i[:, None], j[None, :], inside).to(ACC)
+                    if tslopes is not None:
+                        tslope = number_of(tslopes, batch, head, batch_shape, ACC)
+                        t -= tslope * tl.abs(at[:, None] - j[None, :]).to(ACC)
                     x *= t - vector(mu_ptr, matrix, i, L)[:, None]
                     x -= vector(omega_ptr, matrix, i, L)[:, None]
                     if tv is not None:

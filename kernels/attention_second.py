@@ -28,10 +28,12 @@ from .pointwise import scalar
 
 @triton.jit
 def attention_jvp_bwd_q(
-    dq, g, q, k, v, tq, tk, tv, tmask, lse_ptr, delta_ptr, mu_ptr, omega_ptr, extras, about,
+    dq, dslope_ptr, g, q, k, v, tangents, rows, extras, about,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
+    tq, tk, tv, tmask, _, tslopes = tangents
+    lse_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(L, BLOCK_M)
@@ -53,6 +55,7 @@ def attention_jvp_bwd_q(
         tqueries = tile(head_of(tq, batch, head, batch_shape), i, c, L, D)
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     slope = number_of(slopes, batch, head, batch_shape, ACC)
+    tslope = number_of(tslopes, batch, head, batch_shape, ACC)
     lse = finite(vector(lse_ptr, matrix, i, L))
     delta = vector(delta_ptr, matrix, i, L)
     mu = vector(mu_ptr, matrix, i, L)
@@ -60,7 +63,10 @@ def attention_jvp_bwd_q(
 
     lo, hi, at = seen(i, L, S, down, up, segments)
     first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    if dq is not None:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    if dslope_ptr is not None:
+        steps = tl.zeros((BLOCK_M,), ACC)
     for edges in tl.static_range(2):
         count = end - first - (inner_end - inner) if edges else inner_end - inner
         for step in range(0, count):
@@ -90,6 +96,8 @@ def attention_jvp_bwd_q(
             t = y * steep
             if tmask is not None:
                 t += addend(tmask, i[:, None], j[None, :], inside).to(ACC)
+            if tslopes is not None:
+                t -= tslope * tl.abs(at[:, None] - j[None, :]).to(ACC)
             e = product(grads, tile(v, j, cv, ENDS, DV), PRECISION)
             if seed_ptr is not None:
                 keep = kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
@@ -101,23 +109,32 @@ def attention_jvp_bwd_q(
                 if seed_ptr is not None:
                     f *= keep
                 w += f
-            r = p * e
-            dz = p * w * steep
-            if softcap is not None:
-                dz += r * bent * y
-            acc = dot(dz.to(keys.dtype), keys, acc, PRECISION)
-            if tk is not None:
-                acc = dot((r * steep).to(tkeys.dtype), tkeys, acc, PRECISION)
-    put(head_of(dq, batch, head, batch_shape), acc * scalar(scale, ACC), i, c, L, D)
+            w *= p
+            if dslope_ptr is not None:
+                steps -= tl.sum(w * tl.abs(at[:, None] - j[None, :]).to(ACC), 1)
+            if dq is not None:
+                r = p * e
+                dz = w * steep
+                if softcap is not None:
+                    dz += r * bent * y
+                acc = dot(dz.to(keys.dtype), keys, acc, PRECISION)
+                if tk is not None:
+                    acc = dot((r * steep).to(tkeys.dtype), tkeys, acc, PRECISION)
+    if dq is not None:
+        put(head_of(dq, batch, head, batch_shape), acc * scalar(scale, ACC), i, c, L, D)
+    if dslope_ptr is not None:
+        tl.store(dslope_ptr + matrix * L + i, steps, mask=i < L)
 
 
 @triton.jit
 def attention_jvp_bwd_kv(
-    dk, dv, g, q, k, v, tq, tk, tv, tmask, lse_ptr, delta_ptr, mu_ptr, omega_ptr, extras, about,
+    dk, dv, g, q, k, v, tangents, rows, extras, about,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Blocks of pairs are keys by queries, as in `attention_bwd_kv`."""
+    tq, tk, tv, tmask, _, tslopes = tangents
+    lse_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(S, BLOCK_N)
@@ -148,6 +165,7 @@ def attention_jvp_bwd_kv(
         mask_here = head_if(mask, batch, head, batch_shape)
         tmask_here = head_if(tmask, batch, head, batch_shape)
         slope = number_of(slopes, batch, head, batch_shape, ACC)
+        tslope = number_of(tslopes, batch, head, batch_shape, ACC)
         for edges in tl.static_range(2):
             count = end - first - (inner_end - inner) if edges else inner_end - inner
             for step in range(0, count):
@@ -178,6 +196,8 @@ def attention_jvp_bwd_kv(
                 x = y * steep - vector(mu_ptr, matrix, i, L)[None, :]
                 if tmask is not None:
                     x += addend(tmask_here, i[None, :], j[:, None], inside).to(ACC)
+                if tslopes is not None:
+                    x -= tslope * tl.abs(at[:, None] - i[None, :]).to(ACC)
                 e = product(values, grads, PRECISION)
                 px = p * x
                 if seed_ptr is not None:

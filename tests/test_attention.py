@@ -198,8 +198,8 @@ def test_memory_is_linear_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
 
         q = torch.zeros(1, length, 16, device=DEVICE)
         x, rows = launcher.Inputs(q, q, q), torch.zeros(1, length, device=DEVICE)
-        options, needs = launcher.Options(), (True, True, True, False, False)
-        tangents = launcher.Tangents(q, q, q, None, None)
+        options, needs = launcher.Options(), (True, True, True, False, False, False)
+        tangents = launcher.Tangents(q, q, q, None, None, None)
         with Count(), runtime.stub():
             launcher.forward(options, x)
             launcher.jvp(options, x, tangents, q, rows)
@@ -246,7 +246,7 @@ def test_machine_code(size: int) -> None:
     q = torch.zeros(4, 16, 2048, size, dtype=torch.bfloat16)
     lse = torch.zeros(4, 16, 2048)
     options, x, needs = launcher.Options(up=0), launcher.Inputs(q, q, q), (True, True, True)
-    tangents = launcher.Tangents(q, q, q, None, None)
+    tangents = launcher.Tangents(q, q, q, None, None, None)
     wanted: list[Specialisation] = []
 
     def record(kernel: Any, grid: Any, args: Any, meta: Any) -> None:
@@ -255,8 +255,8 @@ def test_machine_code(size: int) -> None:
     with runtime.stub(), runtime.observe(record):
         launcher.forward(options, x)
         launcher.jvp(options, x, tangents, q, lse)
-        launcher.backward(options, x, (*needs, False, False), q, None, q, lse)
-        launcher.second(options, x, (*needs, False, False), q, None, q, lse, tangents, q, lse)
+        launcher.backward(options, x, (*needs, False, False, False), q, None, q, lse)
+        launcher.second(options, x, (*needs, False, False, False), q, None, q, lse, tangents, q, lse)
     names = {s.kernel: s for s in wanted}
     assert len(names) == 7
     for row in static.compile_for(list(names.values()), ["sm_90"], 1, make_console()):

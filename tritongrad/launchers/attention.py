@@ -69,7 +69,7 @@ class Inputs(NamedTuple):
     seed: Tensor | None = None
 
 
-DERIVED = 5
+DERIVED = 6
 """So many of the inputs have derivatives, the first ones."""
 
 
@@ -273,6 +273,7 @@ class Tangents(NamedTuple):
     v: Tensor | None
     mask: Tensor | None
     sinks: Tensor | None
+    slopes: Tensor | None
 
 
 def jvp(
@@ -281,10 +282,11 @@ def jvp(
     """Tangents of the result and of lse."""
     tangent, mu = _like(given.q, given.v.shape[-1], given.q.dtype), _rows_like(given.q)
     inputs, others = _settled(given, *tangents[:3], out, tangent)
-    problem = Problem(options, inputs, others, (tangents.mask,), (tangents.sinks,))
+    problem = Problem(options, inputs, others, (tangents.mask,), tangents[4:])
     *t, o, found = map(problem.place, others)
-    numbers = problem.place(tangents.mask), problem.place(tangents.sinks)
-    before = (found, mu, *map(problem.place, inputs[:3]), *t, *numbers, o, lse.contiguous(), ())
+    t += map(problem.place, tangents[3:])
+    operands = map(problem.place, inputs[:3])
+    before = (found, mu, *operands, tuple(t), o, lse.contiguous(), ())
     problem.run("jvp", k.attention_jvp, before)
     return tangent, mu
 
@@ -340,43 +342,46 @@ def _gradients(
         _like(x, x.shape[-1], x.dtype) if need else None
         for x, need in zip(given[:3], wanted, strict=True)
     ]
-    mask, sinks = given.mask, given.sinks
+    mask = given.mask
     dmask = mask.new_empty(mask.shape) if needs[3] and mask is not None else None
-    dsinks = _rows_like(given.q) if needs[4] else None
+    numbers = [_rows_like(given.q) if need else None for need in needs[4:6]]
     if 0 in given.q.shape[:-1]:
-        for t in (*gradients, dmask, dsinks):
+        for t in (*gradients, dmask, *numbers):
             if t is not None:
                 t.zero_()
     else:
         if g is None:
             g = out.new_zeros(()).expand(out.shape)
-        along = tangents or Tangents(None, None, None, None, None)
+        along = tangents or Tangents(*[None] * DERIVED)
         inputs, others = _settled(given, *gradients, *along[:3], g, out, tangent)
         masks = (along.mask, dmask)
-        problem = Problem(options, inputs, others, masks, (along.sinks,))
-        _launch(problem, others, masks, along.sinks, dsinks, h, lse, mu)
+        problem = Problem(options, inputs, others, masks, along[4:])
+        _launch(problem, others, masks, along[4:], numbers, h, lse, mu)
     dq, dk, dv = gradients
-    if dsinks is not None:
-        assert sinks is not None
-        shape = torch.Size((*sinks.shape, 1))
-        dsinks = sum_to(dsinks, shape, sinks.dtype).squeeze(-1)
-    return [dq, dk if needs[1] else None, dv if needs[2] else None, dmask, dsinks]
+    for at, (t, of) in enumerate(zip(numbers, (given.sinks, given.slopes), strict=True)):
+        if t is not None:
+            assert of is not None
+            numbers[at] = sum_to(t, torch.Size((*of.shape, 1)), of.dtype).squeeze(-1)
+    return [dq, dk if needs[1] else None, dv if needs[2] else None, dmask, *numbers]
 
 
 def _launch(
     problem: Problem,
     matrices: Sequence[Tensor | None],
     masks: tuple[Tensor | None, Tensor | None],
-    tsinks: Tensor | None,
-    dsinks: Tensor | None,
+    along: Sequence[Tensor | None],
+    numbers: Sequence[Tensor | None],
     h: Tensor | None,
     lse: Tensor,
     mu: Tensor | None,
 ) -> None:
-    """Launch the passes that gradients with memory need."""
+    """Launch the passes that gradients with memory need. ``along`` are tangents of sinks and
+    slopes, ``numbers`` each query's part in their gradients."""
     place = problem.place
     dq, dk, dv, *t, g, out, tangent = map(place, matrices)
     tmask, dmask = map(place, masks)
+    tsinks, tslopes = map(place, along)
+    dsinks, dslopes = numbers
     q = problem.inputs.q
     lse = lse.contiguous()
     mu = mu if mu is None else mu.contiguous()
@@ -384,7 +389,7 @@ def _launch(
     block = 16 if problem.blocks_d[1] > 64 else 32
     args = (
         delta, omega, dsinks, g, h if h is None else h.contiguous(), out, tangent, lse, mu,
-        place(problem.inputs.sinks), place(tsinks),
+        place(problem.inputs.sinks), tsinks,
         tuple(problem.batch), problem.heads, problem.length, problem.ends_d[1],
     )  # fmt: skip
     meta = {
@@ -397,19 +402,19 @@ def _launch(
     launch_prepared(kb.attention_rows, (programs,), args, delta, meta)
 
     operands = (g, *map(place, problem.inputs[:3]))
+    rows, tangents = (lse, delta, mu, omega), (*t, tmask, tsinks, tslopes)
     if tangent is None:
         order, by_query, by_key = "backward", kb.attention_bwd_q, kb.attention_bwd_kv
-        middle = (*operands, lse, delta)
+        middle = (*operands, rows)
     else:
         order, by_query, by_key = "second", ks.attention_jvp_bwd_q, ks.attention_jvp_bwd_kv
-        middle = (*operands, *t, tmask, lse, delta, mu, omega)
-    if dq is not None:
-        problem.run(f"{order}_q", by_query, (dq, *middle, ()))
+        middle = (*operands, tangents, rows)
+    if dq is not None or dslopes is not None:
+        problem.run(f"{order}_q", by_query, (dq, dslopes, *middle, ()))
     if dk is not None or dv is not None:
         problem.run(f"{order}_kv", by_key, (dk, dv, *middle, ()))
     if masks[1] is not None:
-        before = (dmask, *operands, *t, tmask, lse, delta, mu, omega)
-        _mask_gradient(problem, masks[1], before)
+        _mask_gradient(problem, masks[1], (dmask, *operands, tangents, rows))
 
 
 def _mask_gradient(problem: Problem, dmask: Tensor, before: tuple[Any, ...]) -> None:

@@ -64,7 +64,7 @@ def attention(
 
     Returns:
         The result, and (..., heads, length) of log sum exp scores in float32, or float64 if the
-        query is; both differentiable by query, key, value, attn_mask and sinks.
+        query is; both differentiable by query, key, value, attn_mask, slopes and sinks.
 
     Raises:
         RuntimeError: what torch refuses, ``is_causal`` beside a mask for one.
@@ -198,8 +198,6 @@ def _admitted(*arguments: Any) -> tuple[Tensors, Options]:
     sizes = x.q.shape[-1], x.v.shape[-1]
     if not 0 < min(sizes) <= max(sizes) <= MOST_HEAD_DIM:
         raise Unsupported(f"head dimension beyond {MOST_HEAD_DIM}, or 0")
-    if x.slopes is not None and x.slopes.requires_grad:
-        raise Unsupported("gradient of alibi_slopes")
     if options.dropout > 0:
         # A tensor that the caller did not give: recall does not remember this call.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.q.device)
@@ -279,7 +277,7 @@ def _more_samples(make: Make) -> Iterator[Sample]:
     yield Sample(qkv(1, 2, 3), {"window": (1, 0)}, "window")
     options = {"sinks": make(2), "window": (1, 2), "softcap": 1.5}
     yield Sample(qkv(2, 2, 3), options, "sinks")
-    slopes = make(2, low=0.1, high=0.9, requires_grad=False)
+    slopes = make(2, low=0.1, high=0.9)
     yield Sample(qkv(2, 2, 3), {"alibi_slopes": slopes, "is_causal": True}, "ALiBi")
     packed = {
         name: torch.tensor(places, dtype=torch.int32, device=slopes.device)

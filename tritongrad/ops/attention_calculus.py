@@ -42,7 +42,7 @@ JVP_BACKWARD = (
 # front of what they broadcast along, queries' numbers in front. "c": a batch of those is beyond the
 # kernels.
 INPUT_KINDS = "mmmbnnccc"
-TANGENT_KINDS = "mmmbn"
+TANGENT_KINDS = "mmmbnn"
 
 
 def wanted(found: Sequence[Tensor | None], needs: Sequence[bool]) -> Any:
@@ -400,8 +400,6 @@ GRADIENT: Op = Op(
 def attention_jvp(
     options: Options, tensors: Tensors, outputs: Tensors, tangents: Tensors
 ) -> tuple[Tensor, Tensor]:
-    if any(t is not None for t in tangents[DERIVED:]):
-        raise NotImplementedError("tritongrad: attention has no derivative along alibi_slopes")
     out, lse = outputs
     return tangent(options, inputs_of(tensors), Tangents(*tangents[:DERIVED]), out, lse)
 

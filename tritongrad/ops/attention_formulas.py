@@ -30,6 +30,7 @@ class Pairs(NamedTuple):
         lse: of each query.
         steep, bent: first and second derivative of the soft cap, None without.
         keep: dropout's factors, None without.
+        apart: distance of the two, None without slopes.
     """
 
     q: Tensor
@@ -42,6 +43,7 @@ class Pairs(NamedTuple):
     steep: Tensor | None
     bent: Tensor | None
     keep: Tensor | None
+    apart: Tensor | None
 
     def kept(self, t: Tensor) -> Tensor:
         return t if self.keep is None else t * self.keep
@@ -104,7 +106,8 @@ def pairs(options: Options, x: Inputs, keep: Tensor | None) -> Pairs:
     seen, apart = visible(options, x)
     if apart is not None:
         assert x.slopes is not None
-        s = s - x.slopes.to(compute)[..., None, None] * apart.abs().to(compute)
+        apart = apart.abs().to(compute)
+        s = s - x.slopes.to(compute)[..., None, None] * apart
     if x.mask is not None:
         bias: Any = x.mask
         if bias.dtype is torch.bool:
@@ -116,7 +119,7 @@ def pairs(options: Options, x: Inputs, keep: Tensor | None) -> Pairs:
         sinks = x.sinks.to(compute)[..., None, None]
         s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
     if s.shape[-1] == 0:
-        return Pairs(q, k, v, s, None, s.sum(-1) - torch.inf, scale, steep, bent, keep)
+        return Pairs(q, k, v, s, None, s.sum(-1) - torch.inf, scale, steep, bent, keep, apart)
     # A row of nothing but -inf has probabilities of 0, and none of their slopes is NaN.
     hidden = (s == -torch.inf).all(-1, keepdim=True)
     s = torch.where(hidden, 0.0, s)
@@ -125,7 +128,7 @@ def pairs(options: Options, x: Inputs, keep: Tensor | None) -> Pairs:
     p_sink = None
     if x.sinks is not None:
         p, p_sink = p[..., :-1], p[..., -1]
-    return Pairs(q, k, v, p, p_sink, lse, scale, steep, bent, keep)
+    return Pairs(q, k, v, p, p_sink, lse, scale, steep, bent, keep, apart)
 
 
 def value(options: Options, x: Inputs, keep: Tensor | None = None) -> Pair:
@@ -148,6 +151,10 @@ def _score_tangent(of: Pairs, x: Inputs, t: Tangents) -> tuple[Tensor | None, Te
     if t.mask is not None:
         bias = t.mask.to(compute)
         found = bias.expand(of.p.shape) if found is None else found + bias
+    if t.slopes is not None:
+        assert of.apart is not None
+        reach = -t.slopes.to(compute)[..., None, None] * of.apart
+        found = reach.expand(of.p.shape) if found is None else found + reach
     return y, of.p.new_zeros(of.p.shape) if found is None else found
 
 
@@ -188,19 +195,28 @@ def _collect(
     of: Pairs, x: Inputs, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None
 ) -> Gradients:
     times = group(x.q, x.k)
-    dmask = dsinks = None
+    dmask = dsinks = dslopes = None
     if x.mask is not None and x.mask.is_floating_point():
         dmask = RULES.sum_to(mask, x.mask.shape).to(x.mask.dtype)
     if x.sinks is not None:
         assert sinks is not None
-        dsinks = RULES.sum_to(sinks, torch.Size((*x.sinks.shape, 1))).squeeze(-1).to(x.sinks.dtype)
+        dsinks = _to_heads(sinks, x.sinks)
+    if x.slopes is not None:
+        assert of.apart is not None
+        dslopes = _to_heads(-(mask * of.apart).sum(-1), x.slopes)
     return [
         (q * of.scale).to(x.q.dtype),
         _to_key_heads(k * of.scale, times).to(x.k.dtype),
         _to_key_heads(v, times).to(x.v.dtype),
         dmask,
         dsinks,
+        dslopes,
     ]
+
+
+def _to_heads(rows: Tensor, of: Tensor) -> Tensor:
+    """The gradient of what each row of a head has the number of."""
+    return RULES.sum_to(rows, torch.Size((*of.shape, 1))).squeeze(-1).to(of.dtype)
 
 
 def backward(
