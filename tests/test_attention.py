@@ -6,17 +6,18 @@ torch's has not, are here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from scenarios import SUMMED
 from support import DEVICE, assert_same, random_like
 from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import tritongrad
@@ -52,20 +53,197 @@ def orders(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[Any
     return [out, *first, *second, torch.func.jvp(slope, primals, along)]
 
 
-SIZES = [
-    # head dimension, queries, keys
-    (16, 64, 17), (40, 1, 127), (64, 17, 1), (80, 17, 33), (128, 33, 17), (256, 3, 17),
-    (1, 129, 33),
-]  # fmt: skip
+class Case(NamedTuple):
+    """A row of the table of finite differences."""
+
+    kind: str
+    size: int
+    lengths: tuple[int, int]
+    extra: str
+    heads: tuple[int, int]
+    layout: str
 
 
-@pytest.mark.parametrize(("size", "queries", "keys"), SIZES)
-def test_sizes(size: int, queries: int, keys: int) -> None:
-    """Head dimensions that are no powers of two, lengths of one and one past a block, unequal."""
-    inputs = make(1, queries, size), make(1, keys, size), make(1, keys, size)
-    for causal in (False, True)[: 2 if queries * keys < 600 else 1]:
-        ours, theirs = (orders(partial(f, is_causal=causal), inputs) for f in (sdpa, native))
-        assert_same(ours, theirs, f"{causal=}", tolerance=SUMMED)
+KINDS = ("plain", "causal", "bool mask", "bias", "window", "packed")
+HEAD_DIMS = (16, 40, 64, 80, 128, 256)
+LENGTHS = ((1, 17), (17, 1), (64, 17), (17, 64), (1, 127), (129, 17))
+OTHERS = (("none", "softcap", "ALiBi", "sinks"), ((1, 1), (2, 1)), ("dense", "between", "expanded"))
+
+
+def covering() -> list[Case]:
+    """Cases in which any two values of different factors meet: kinds, head dimensions and lengths
+    by a Latin square, of the rest what is most new in each."""
+    met: set[Any] = set()
+    cases = []
+    for a, b in itertools.product(range(6)[::-1], range(6)):
+        row = KINDS[a], HEAD_DIMS[b], LENGTHS[(a + b) % 6]
+        found = [Case(*row, *rest) for rest in itertools.product(*OTHERS)]  # type: ignore[misc]
+        cases.append(max(found, key=lambda case: len(pairs_of(case) - met)))
+        met |= pairs_of(cases[-1])
+    return cases
+
+
+def pairs_of(case: Case) -> set[Any]:
+    return set(itertools.combinations(enumerate(case), 2))
+
+
+CASES = covering()
+
+
+def test_any_two_values_meet() -> None:
+    factors = KINDS, HEAD_DIMS, LENGTHS, *OTHERS
+    pairs = itertools.combinations(range(len(factors)), 2)
+    wanted = sum(len(factors[i]) * len(factors[j]) for i, j in pairs)
+    assert len(set().union(*map(pairs_of, CASES))) == wanted
+
+
+def call_of(case: Case) -> tuple[Callable[..., Any], list[Tensor], dict[str, Any]]:
+    """A function of what the case differentiates by, those, and its options."""
+    (heads, shared), (length, keys) = case.heads, case.lengths
+    made = [make(h, n, case.size) for h, n in ((heads, length), (shared, keys), (shared, keys))]
+    if case.layout == "between":
+        # Heads as a projection leaves them, (length, heads, size).
+        made = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in made]
+    options: dict[str, Any] = {"enable_gqa": heads != shared, "is_causal": case.kind == "causal"}
+    names = {"ALiBi": "alibi_slopes", "sinks": "sinks"}
+    further = {names[case.extra]: make(heads)} if case.extra in names else {}
+    hidden = torch.rand(length, keys, device=DEVICE) < 0.3
+    hidden[length // 2] = True
+    if case.kind == "bool mask":
+        options["attn_mask"] = ~hidden
+    elif case.kind == "bias":
+        further["attn_mask"] = make(length, keys).masked_fill(hidden, -torch.inf)
+    elif case.kind == "window":
+        options["window"] = (9, 2)
+    elif case.kind == "packed":
+        for name, n in (("cu_seqlens_q", length), ("cu_seqlens_k", keys)):
+            options[name] = torch.tensor([0, n // 3, n], dtype=torch.int32, device=DEVICE)
+    if case.extra == "softcap":
+        options["softcap"] = 1.5
+
+    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(further, values[3:], strict=True))
+        out, lse = sdpa(*values[:3], **named, **options, return_lse=True)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    inputs = [t.detach() for t in (*made, *further.values())]
+    return function, inputs, options | dict(zip(further, inputs[3:], strict=True))
+
+
+STEP = 1e-5
+
+
+def central(
+    function: Callable[..., Sequence[Tensor]], at: Sequence[Tensor], along: Sequence[Tensor]
+) -> list[Tensor]:
+    """The derivative of ``function`` in one direction, by values on both sides."""
+    after, before = (
+        function(*[x + step * d for x, d in zip(at, along, strict=True)]) for step in (STEP, -STEP)
+    )
+    return [(a - b).detach() / (2 * STEP) for a, b in zip(after, before, strict=True)]
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def assert_near(actual: Any, expected: Any, what: str) -> None:
+    """A difference has an error of the third derivative times the square of the step, and one of
+    the value's rounding over the step: 1e-9 of what is around."""
+    for a, e in zip(actual, expected, strict=True):
+        error, size = (a - e).abs().amax(), max(1.0, e.abs().amax().item())
+        assert error <= 1e-7 * size, f"{what}: {error:.2g} of {size:.2g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)).replace(" ", ""))
+def test_derivatives_are_finite_differences(case: Case) -> None:
+    """In float64: value, gradient, forward mode, and each over the other and itself."""
+    assert launched_by(lambda: check_differences(case)) >= FORWARD | TANGENT | GRADIENT | SECOND
+
+
+def check_differences(case: Case) -> None:
+    function, x, options = call_of(case)
+    out, lse = function(*x)
+    assert_same(out, definition(*x[:3], **options)[0], "value")
+
+    g, along_g = random_like((out, lse), 1), random_like((out, lse), 2)
+    if case.layout == "expanded":
+        g[0], along_g[0] = (t[:, :1, :1].expand(out.shape) for t in (g[0], along_g[0]))
+    along, other = random_like(x, 3), random_like(x, 4)
+
+    def reverse(*values: Tensor) -> tuple[Tensor, ...]:
+        found, pull = torch.func.vjp(function, *values[: len(x)])
+        return *found, *pull(tuple(values[len(x) :]))
+
+    def forward(*values: Tensor) -> Any:
+        return torch.func.jvp(function, values, tuple(other))[1]
+
+    both = *x, *g
+    directions = *along, *along_g
+    differences = central(reverse, both, directions)
+    first, tangents = torch.func.jvp(reverse, both, directions)
+    assert_near(tangents, differences, "forward mode, of the value and over reverse mode")
+    expected = inner(differences[:2], g)
+    assert_near([inner(first[2:], along)], [expected], "reverse mode")
+
+    leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in both]
+    leaves = [t.requires_grad_() for t in leaves]
+    values, cotangents = leaves[: len(x)], leaves[len(x) :]
+    gradient = torch.autograd.grad(function(*values), values, cotangents, create_graph=True)
+    expected = inner(differences[2:], other)
+    second = torch.autograd.grad(inner(gradient, other), leaves)
+    assert_near([inner(second, directions)], [expected], "reverse over reverse mode")
+    mixed = torch.autograd.grad(inner(forward(*values), cotangents), leaves)
+    assert_near([inner(mixed, directions)], [expected], "reverse over forward mode")
+
+
+def launched_by(run: Callable[[], Any]) -> set[str]:
+    """Names of the kernels that are launched meanwhile."""
+    names: set[str] = set()
+    with runtime.observe(lambda kernel, *_: names.add(kernel.fn.__name__)):
+        run()
+    return names
+
+
+FORWARD, TANGENT = {"attention_fwd"}, {"attention_jvp"}
+GRADIENT = {"attention_rows", "attention_bwd_q", "attention_bwd_kv"}
+SECOND = {"attention_rows", "attention_jvp_bwd_q", "attention_jvp_bwd_kv"}
+
+
+def dual(loss: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(q, q))).tangent
+
+
+TRANSFORMS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "dual numbers": (dual, FORWARD | TANGENT),
+    "jvp": (lambda f, q: torch.func.jvp(f, (q,), (q,))[1], FORWARD | TANGENT),
+    "vmap": (lambda f, q: torch.vmap(f)(torch.stack([q, q])), FORWARD),
+    "vmap(grad)": (
+        lambda f, q: torch.vmap(torch.func.grad(f))(torch.stack([q, q])), FORWARD | GRADIENT,
+    ),
+    "hessian": (
+        lambda f, q: torch.func.hessian(f)(q), FORWARD | TANGENT | GRADIENT | SECOND,
+    ),
+    "jacrev(grad)": (
+        lambda f, q: torch.func.jacrev(torch.func.grad(f))(q),
+        FORWARD | TANGENT | GRADIENT | SECOND,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_reach_the_kernels(name: str) -> None:
+    """And nothing else that is ours computes products of matrices in their place."""
+    transform, kernels = TRANSFORMS[name]
+    q, found = make(1, 2, 2).detach(), []
+
+    def run() -> None:
+        found.append(transform(lambda q: sdpa(q, q, q).square().sum(), q))
+
+    names = launched_by(run)
+    assert {n for n in names if n.startswith(("attention", "gemm"))} == kernels
+    assert_same(found[0], transform(lambda q: native(q, q, q).square().sum(), q), tolerance=SUMMED)
 
 
 def test_rows_of_hidden_keys() -> None:
@@ -78,19 +256,6 @@ def test_rows_of_hidden_keys() -> None:
         ours, theirs = (orders(lambda *v, f=f, m=mask: f(*v, m), inputs) for f in (sdpa, native))
         assert_same(ours, theirs, str(mask), tolerance=SUMMED)
         assert not ours[0][:, 1].any()
-
-
-def test_samples_of_torch() -> None:
-    """All of OpInfo's; those with dropout run, and what they mean is tested below."""
-    (info,) = [i for i in op_db if i.name == "nn.functional.scaled_dot_product_attention"]
-    for sample in info.sample_inputs(DEVICE, torch.float64):
-        with tritongrad.use() as session:
-            ours = F.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
-        assert session.ran["scaled_dot_product_attention"], session
-        expected = native(sample.input, *sample.args, **sample.kwargs)
-        assert ours.shape == expected.shape
-        if not sample.kwargs.get("dropout_p"):
-            assert_same(ours, expected, str(sample))
 
 
 # ----------------------------------------------------------------------------- what torch's has not
@@ -212,6 +377,48 @@ def test_memory_is_linear_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
     assert large == 4 * small
 
 
+# ------------------------------------------------------------------------------------ compiled code
+
+
+def test_compiled_code_keeps_the_kernels() -> None:
+    """One program for all lengths; heads in front by transposition, shared, with a mask."""
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True).sin().sum()
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    run = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    for length in (5, 6, 17):
+        between = make(2, length, 4, 3).transpose(1, 2).detach().requires_grad_()
+        inputs: tuple[Tensor, ...] = between, make(2, 2, length + 1, 3)
+        inputs = *inputs, make(2, 2, length + 1, 3), make(length, length + 1)
+        found = []
+
+        def step(inputs: tuple[Tensor, ...] = inputs, found: list[Any] = found) -> None:
+            with tritongrad.use():
+                value = run(*inputs)
+            found.append([value, *torch.autograd.grad(value, inputs)])
+
+        assert launched_by(step) == FORWARD | GRADIENT | {"attention_bwd_mask"}
+        expected = loss(*inputs)
+        assert_same(found[0], [expected, *torch.autograd.grad(expected, inputs)], tolerance=SUMMED)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"size": 257}])
+def test_compiled_code_is_torchs(options: dict[str, Any]) -> None:
+    """Where the library op would draw another mask in backward, or has no kernel."""
+    q = make(1, 2, options.pop("size", 2))
+    torch._dynamo.reset()
+    with tritongrad.use():
+        run = torch.compile(
+            lambda q: F.scaled_dot_product_attention(q, q, q, **options),
+            backend="aot_eager", fullgraph=True,
+        )  # fmt: skip
+        assert not launched_by(lambda: torch.autograd.grad(run(q), q, q.detach()))
+
+
 # ------------------------------------------------------------------------------------------ modules
 
 
@@ -245,7 +452,8 @@ def test_machine_code(size: int) -> None:
     """Tensor cores in every product and no spill on sm_90, but for what is recorded."""
     q = torch.zeros(4, 16, 2048, size, dtype=torch.bfloat16)
     lse = torch.zeros(4, 16, 2048)
-    options, x, needs = launcher.Options(up=0), launcher.Inputs(q, q, q), (True, True, True)
+    options, x = launcher.Options(up=0), launcher.Inputs(q, q, q)
+    needs = (True, True, True, False, False, False)
     tangents = launcher.Tangents(q, q, q, None, None, None)
     wanted: list[Specialisation] = []
 
@@ -255,8 +463,8 @@ def test_machine_code(size: int) -> None:
     with runtime.stub(), runtime.observe(record):
         launcher.forward(options, x)
         launcher.jvp(options, x, tangents, q, lse)
-        launcher.backward(options, x, (*needs, False, False, False), q, None, q, lse)
-        launcher.second(options, x, (*needs, False, False, False), q, None, q, lse, tangents, q, lse)
+        launcher.backward(options, x, needs, q, None, q, lse)
+        launcher.second(options, x, needs, q, None, q, lse, tangents, q, lse)
     names = {s.kernel: s for s in wanted}
     assert len(names) == 7
     for row in static.compile_for(list(names.values()), ["sm_90"], 1, make_console()):

@@ -22,14 +22,20 @@ from .op import Op, Spec, Unsupported
 
 NAMESPACE = "tritongrad"
 _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-_INDICES = (torch.int32, torch.int64)
+_DISCRETE = (torch.int32, torch.int64, torch.bool)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def call(op: Op, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """What a compiler that is tracing shall see of ``func(*args, **kwargs)``. Traced itself."""
-    if op.schema is not None and func is op.replaces[0] and _eligible(args, kwargs):
-        return getattr(torch.ops.tritongrad, op.name)(*args, **kwargs)
+    if (
+        op.schema is not None
+        and func is op.replaces[0]
+        and _eligible(args, kwargs)
+        and (op.compiles is None or op.compiles(*args, **kwargs))
+    ):
+        result = getattr(torch.ops.tritongrad, op.name)(*args, **kwargs)
+        return result if op.returns is None else op.returns(result)
     return func(*args, **kwargs)
 
 
@@ -47,7 +53,7 @@ def _eligible(args: tuple, kwargs: dict[str, Any]) -> bool:
     if _transforming():
         return False
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    dtypes = {t.dtype for t in tensors if t.dtype not in _INDICES}
+    dtypes = {t.dtype for t in tensors if t.dtype not in _DISCRETE}
     return (
         len(dtypes) <= 1
         and dtypes <= _FLOATING
@@ -65,12 +71,25 @@ def define(op: Op) -> None:
     assert op.schema is not None
     assert op.bind is not None
     assert op.forward is not None
-    bind, compute, native = op.bind, op.forward, op.replaces[0]
     name, backward_name = op.name, f"{op.name}_backward"
     arguments = torch._C.parse_schema(f"{NAMESPACE}::{name}{op.schema}").arguments
+    keywords = [a.name for a in arguments if a.kwarg_only]
+
+    def written(function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` of arguments in a row, those by keyword last."""
+        if not keywords:
+            return function
+        count = len(arguments) - len(keywords)
+        return lambda *args: function(
+            *args[:count], **dict(zip(keywords, args[count:], strict=False))
+        )
+
+    bind, compute, native = written(op.bind), op.forward, written(op.replaces[0])
+    # In a row all of them, so that trailing ones with their default are left out by the dispatcher.
+    schema = op.schema.replace("*, ", "")
     # Without defaults, and as written: of a parsed SymInt[] it cannot be told that it is not int[].
-    plain = re.sub(r"=[^,)]*", "", op.schema[1 : op.schema.index(")")])
-    _library.define(name + op.schema)
+    plain = re.sub(r"=[^,)]*", "", schema[1 : schema.index(")")])
+    _library.define(name + schema)
     _library.define(
         f"{backward_name}(Tensor[] grads, {plain}, Tensor[] outputs, bool[] needs) -> Tensor[]"
     )
@@ -87,6 +106,8 @@ def define(op: Op) -> None:
         try:
             tensors, params = bind(*args)
         except Unsupported:
+            if op.returns is not None:
+                raise  # torch's function has other results
             return native(*args)
         result = compute(params, *tensors)
         if type(result) is tuple:
@@ -160,5 +181,6 @@ def define(op: Op) -> None:
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     _library.impl(backward_name, backward_autograd, "Autograd", with_keyset=True)
     # torch's own operator on fake tensors knows shape, dtype, strides and errors.
-    torch.library.register_fake(f"{NAMESPACE}::{name}", op.fake or native, lib=_library)
+    fake = native if op.fake is None else written(op.fake)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{backward_name}", fake_backward, lib=_library)

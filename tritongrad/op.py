@@ -127,8 +127,10 @@ class Op:
             ``bind`` returns its tensors, ``"(Tensor input, Tensor? bias=None) -> Tensor"``. With
             one, ``torch.compile`` sees a library op around our kernels; without, torch's op, which
             Inductor can fuse.
-        fake: of the arguments of the schema, a tensor like the result, without values. None:
+        fake: of the arguments of the schema, tensors like the outputs, without values. None:
             torch's own function, of tensors that have no memory.
+        compiles: of an op with a schema, whether its library op may stand for a call, given the
+            call's arguments while it is traced; None: always.
         opinfo: names of torch's OpInfo entries that cover it, ``name.variant`` for a variant.
         kernels: names of the Triton kernels that forward launches.
         formula: the derivative for a reader, one line.
@@ -166,7 +168,8 @@ class Op:
     vmap: Callable[..., tuple[Any, Any]] | None = None
     autocast: Mapping[str, str] = dataclasses.field(default_factory=dict)
     schema: str | None = None
-    fake: Callable[..., Tensor] | None = None
+    compiles: Callable[..., bool] | None = None
+    fake: Callable[..., Any] | None = None
     opinfo: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     formula: str = ""

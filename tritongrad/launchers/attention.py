@@ -255,9 +255,14 @@ def _rows_like(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=COMPUTE_DTYPE[q.dtype])
 
 
+def allocate(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the result or its tangent, and for a number of each query."""
+    return _like(q, v.shape[-1], q.dtype), _rows_like(q)
+
+
 def forward(options: Options, given: Inputs) -> tuple[Tensor, Tensor]:
     """The result, and lse of each query."""
-    out, lse = _like(given.q, given.v.shape[-1], given.q.dtype), _rows_like(given.q)
+    out, lse = allocate(given.q, given.v)
     inputs, (o,) = _settled(given, out)
     problem = Problem(options, inputs, (o,))
     operands = map(problem.place, inputs[:3])
@@ -280,7 +285,7 @@ def jvp(
     options: Options, given: Inputs, tangents: Tangents, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tangents of the result and of lse."""
-    tangent, mu = _like(given.q, given.v.shape[-1], given.q.dtype), _rows_like(given.q)
+    tangent, mu = allocate(given.q, given.v)
     inputs, others = _settled(given, *tangents[:3], out, tangent)
     problem = Problem(options, inputs, others, (tangents.mask,), tangents[4:])
     *t, o, found = map(problem.place, others)

@@ -7,7 +7,6 @@ which returns both results; torch's name returns both on ``return_lse=True``.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +18,7 @@ from ..admission import admit
 from ..dtypes import FLOATING
 from ..extension import extension
 from ..launchers import matmul
-from ..launchers.attention import MOST_HEAD_DIM, Inputs, Options
+from ..launchers.attention import MOST_HEAD_DIM, Inputs, Options, allocate
 from ..op import Op, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from . import attention_calculus as calculus
@@ -251,6 +250,37 @@ def _bind_both(*args: Any, return_lse: bool, **kwargs: Any) -> tuple[Tensors, Op
     return _bind_more(*args, **kwargs)
 
 
+# ------------------------------------------------------------------------------------ compiled code
+
+
+def _compiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Not with dropout, whose seed would be another one in backward, nor where a gradient would
+    have to be summed to what was broadcast."""
+    own = 3 if enable_gqa else 2
+    return (
+        dropout_p == 0
+        and min(query.dim(), key.dim(), value.dim()) >= own
+        and query.shape[:-own] == key.shape[:-own] == value.shape[:-own]
+        and min(query.shape[-1], value.shape[-1]) > 0
+        and max(query.shape[-1], value.shape[-1]) <= MOST_HEAD_DIM
+    )
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> Any:
+    F.scaled_dot_product_attention(query, key, value, *more, **named)  # it knows the errors
+    return allocate(query, value)
+
+
 # ----------------------------------------------------------------------------------------- samples
 
 
@@ -329,11 +359,21 @@ def _make(name: str, *targets: Any, **fields: Any) -> Op:
     return register(op)
 
 
+def _result(found: tuple[Any, ...]) -> Any:
+    """Not lse."""
+    return found[0]
+
+
 _make(
     "scaled_dot_product_attention", F.scaled_dot_product_attention,
     autocast={"cpu": "lower", "cuda": "lower"},
-    bind=_bind, overloads=(_bind_more,), returns=operator.itemgetter(0), samples=_samples,
+    bind=_bind, overloads=(_bind_more,), returns=_result, samples=_samples,
     opinfo=("nn.functional.scaled_dot_product_attention",),
+    schema=(
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+        "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> (Tensor, Tensor)"
+    ),
+    compiles=_compiles, fake=_fake,
 )  # fmt: skip
 _make(
     "attention", attention,
