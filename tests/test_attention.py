@@ -389,21 +389,25 @@ def test_compiled_code_keeps_the_kernels() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     run = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    expected, found, programs = [], [], set()
+
+    def steps() -> None:
+        with tritongrad.use():
+            for values in inputs:
+                value = run(*values)
+                found.append([value, *torch.autograd.grad(value, values)])
+                programs.add(counter.frame_count)
+
+    inputs = []
     for length in (5, 6, 17):
         between = make(2, length, 4, 3).transpose(1, 2).detach().requires_grad_()
-        inputs: tuple[Tensor, ...] = between, make(2, 2, length + 1, 3)
-        inputs = *inputs, make(2, 2, length + 1, 3), make(length, length + 1)
-        found = []
-
-        def step(inputs: tuple[Tensor, ...] = inputs, found: list[Any] = found) -> None:
-            with tritongrad.use():
-                value = run(*inputs)
-            found.append([value, *torch.autograd.grad(value, inputs)])
-
-        assert launched_by(step) == FORWARD | GRADIENT | {"attention_bwd_mask"}
-        expected = loss(*inputs)
-        assert_same(found[0], [expected, *torch.autograd.grad(expected, inputs)], tolerance=SUMMED)
-    assert counter.frame_count == 1
+        keys = make(2, 2, length + 1, 3), make(2, 2, length + 1, 3)
+        inputs.append((between, *keys, make(length, length + 1)))
+        value = loss(*inputs[-1])
+        expected.append([value, *torch.autograd.grad(value, inputs[-1])])
+    assert launched_by(steps) == FORWARD | GRADIENT | {"attention_bwd_mask"}
+    assert_same(found, expected, tolerance=SUMMED)
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize("options", [{"dropout_p": 0.5}, {"size": 257}])
