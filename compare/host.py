@@ -2,7 +2,8 @@
 
 Launches do nothing, so what is left is ours: reading arguments, allocating, recording for backward.
 The yardstick is the least that any op of its kind costs in Python, a ``torch.autograd.Function``
-that clones and saves its input, timed in turns with the op, so that a busy machine slows both.
+that clones and saves its input, timed in turns with the op, so that a busy machine slows both, and
+in time of the processor, of which others take none.
 Every path has its own: under a transform, the same function under the same transform.
 """
 
@@ -184,7 +185,7 @@ def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
     return repeated(lambda: entry(*values, **kwargs)), yardstick
 
 
-def measure(op: Op, path: str, repeats: int, clock: Clock = time.perf_counter) -> Timing | None:
+def measure(op: Op, path: str, repeats: int, clock: Clock = time.thread_time) -> Timing | None:
     """Time ``op`` on ``path`` and the yardstick in turns; None if the op has no such path."""
     batches = prepare(op, path)
     if batches is None:

@@ -77,3 +77,12 @@ def launches(run: Callable[[], Any]) -> tuple[Any, int]:
     with runtime.observe(lambda kernel, grid, args, meta: seen.append(kernel)):
         result = run()
     return result, len(seen)
+
+
+def copies(run: Callable[[], Any]) -> int:
+    """How often ``run`` copies a tensor."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # Stubbed: the interpreter copies what a kernel would read.
+    with runtime.stub(), torch.profiler.profile(activities=activities) as profile:
+        run()
+    return sum(e.count for e in profile.key_averages() if e.key in ("aten::copy_", "aten::clone"))

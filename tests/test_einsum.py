@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from scenarios import copies
 from support import DEVICE, assert_same
 from torch import Tensor
 
@@ -142,15 +143,6 @@ def test_a_planned_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [tuple(shape) for shape in seen] == [(5, 3), (2, 5)]
     assert asked[0][:2] == ("ij,jk,kl", ((2, 3), (3, 4), (4, 5)))
     assert_same(found, operands[0] @ operands[1] @ operands[2])
-
-
-def copies(run: Callable[[], Any]) -> int:
-    """How often ``run`` copies a tensor."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    # Stubbed: the interpreter copies what a kernel would read.
-    with runtime.stub(), torch.profiler.profile(activities=activities) as profile:
-        run()
-    return sum(e.count for e in profile.key_averages() if e.key in ("aten::copy_", "aten::clone"))
 
 
 @pytest.mark.parametrize(

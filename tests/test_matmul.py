@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenarios import gradients
+from scenarios import copies, gradients
 from support import DEVICE, Call, Tolerance, assert_same, calls, derivatives, random_like
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
@@ -247,6 +247,31 @@ def test_batches_fold(a: Tensor, b: Tensor, batch: tuple[int, ...]) -> None:
     with tritongrad.use():
         (found,) = launched(lambda: torch.matmul(a, b))
     assert found[7] == batch
+
+
+@pytest.mark.parametrize(
+    ("function", "operands"),
+    [
+        (torch.mm, (make(5, 3).t(), make(4, 5).t())),
+        (torch.bmm, (make(2, 5, 3).mT, make(4, 2, 5).permute(1, 2, 0))),
+        (torch.mv, (make(5, 3).t(), make(5, 2)[:, 0])),
+        (torch.addmm, (make(4, 3).t(), make(5, 3).t(), make(4, 5).t())),
+        (torch.baddbmm, (make(3, 4), make(2, 5, 3).mT, make(2, 4, 5).mT)),
+        (torch.matmul, (make(2, 1, 5, 3).mT, make(6, 4, 5).mT)),
+        (F.linear, (make(5, 3).t(), make(5, 4).t())),
+        (torch.inner, (make(5, 3).t(), make(5, 4).t())),
+        (torch.tensordot, (make(2, 5, 3), make(2, 5, 4), ([0, 1], [0, 1]))),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)  # fmt: skip
+def test_operands_are_read_in_place(function: Callable[..., Any], operands: Any) -> None:
+    """Transposed and sliced, forward and backward."""
+    inputs = [t for t in operands if torch.is_tensor(t)]
+    with tritongrad.use():
+        out = function(*operands)
+        assert not copies(lambda: function(*operands))
+    (g,) = random_like([out])
+    assert not copies(lambda: gradients([out], inputs, [g]))
 
 
 def test_weight_gradient_is_one_product() -> None:
