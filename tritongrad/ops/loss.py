@@ -229,7 +229,7 @@ def _look_at_probabilities(
         return  # where torch's kernel traps, and the result here is NaN
     for tensor in map(values, (input, target)):
         if tensor.numel():
-            least, largest = tensor.aminmax()
+            least, largest = [bound.item() for bound in tensor.aminmax()]
             if not (least >= 0 and largest <= 1):
                 raise Unsupported("not between 0 and 1")
 

@@ -73,7 +73,7 @@ def _bind_inner(input: Tensor, other: Tensor) -> tuple[Tensors, None]:
 
 def _inner(params: None, x: Tensor, y: Tensor) -> Tensor:
     if x.dim() and y.dim():
-        return torch.tensordot(x, y, dims=([-1], [-1]))
+        return _tensordot(Contracted((x.dim() - 1,), (y.dim() - 1,)), x, y)
     return x * y
 
 
@@ -121,11 +121,20 @@ def _tensordot(dims: Contracted, x: Tensor, y: Tensor) -> Tensor:
     columns = [d for d in range(y.dim()) if d not in dims.right]
     depth = math.prod([x.shape[d] for d in dims.left])
     shape = [x.shape[d] for d in rows], [y.shape[d] for d in columns]
-    x, y = x.permute(*rows, *dims.left), y.permute(*dims.right, *columns)
+    x, y = _permuted(x, (*rows, *dims.left)), _permuted(y, (*dims.right, *columns))
     if not rows and not columns:
-        return torch.dot(x.reshape(depth), y.reshape(depth))
-    x, y = x.reshape(math.prod(shape[0]), depth), y.reshape(depth, math.prod(shape[1]))
-    return torch.mm(x, y).reshape(shape[0] + shape[1])
+        return torch.dot(_reshaped(x, [depth]), _reshaped(y, [depth]))
+    x = _reshaped(x, [math.prod(shape[0]), depth])
+    y = _reshaped(y, [depth, math.prod(shape[1])])
+    return _reshaped(torch.mm(x, y), shape[0] + shape[1])
+
+
+def _permuted(x: Tensor, dims: Sequence[int]) -> Tensor:
+    return x if list(dims) == list(range(x.dim())) else x.permute(dims)
+
+
+def _reshaped(x: Tensor, shape: list[int]) -> Tensor:
+    return x if list(x.shape) == shape else x.reshape(shape)
 
 
 # --------------------------------------------------------------------------------------- in chains
