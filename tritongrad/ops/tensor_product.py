@@ -129,8 +129,8 @@ def _tensordot(dims: Contracted, x: Tensor, y: Tensor) -> Tensor:
     return _reshaped(torch.mm(x, y), shape[0] + shape[1])
 
 
-def _permuted(x: Tensor, dims: Sequence[int]) -> Tensor:
-    return x if list(dims) == list(range(x.dim())) else x.permute(dims)
+def _permuted(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x if dims == tuple(range(x.dim())) else x.permute(dims)
 
 
 def _reshaped(x: Tensor, shape: list[int]) -> Tensor:
