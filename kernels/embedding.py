@@ -51,7 +51,7 @@ def embedding_fwd(
     at = (row // in_batch) * w_strides[0] + i * w_strides[1]
     inside = (column < columns)[None, :]
     x = tl.load(
-        w_ptr + at[:, None] + (column * w_strides[2])[None, :],
+        w_ptr + at[:, None] + (column.to(tl.int64) * w_strides[2])[None, :],
         mask=counts[:, None] & inside, other=0,
     )  # fmt: skip
     x = poisoned(x, valid[:, None])
@@ -69,7 +69,9 @@ def added(
         mask = at < end
         n = tl.load(position_ptr + at, mask=mask, other=0)
         row = n if source_ptr is None else tl.load(source_ptr + n, mask=mask, other=0)
-        offset = locate(row, shape, strides[1:])[:, None] + (column * strides[0])[None, :]
+        offset = (
+            locate(row, shape, strides[1:])[:, None] + (column.to(tl.int64) * strides[0])[None, :]
+        )
         x = tl.load(g_ptr + offset, mask=mask[:, None] & inside[None, :], other=0)
         x = x.to(total.dtype)
         if scale_ptr is not None:
@@ -180,7 +182,7 @@ def embedding_bag_fwd(
         end = tl.load(bound_ptr + bag + 1, mask=bag + 1 < bags, other=n).to(tl.int64)
         begin = tl.minimum(tl.maximum(begin, 0), n)
         end = tl.minimum(tl.maximum(end, 0), n)
-    table = w_ptr + (bag // in_batch) * w_strides[0] + (column * w_strides[2])[None, :]
+    table = w_ptr + (bag // in_batch) * w_strides[0] + (column.to(tl.int64) * w_strides[2])[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), COMPUTE)
     sizes = tl.zeros((BLOCK_ROWS,), tl.int64)
     for start in range(begin, end, BLOCK_ROWS):
@@ -222,8 +224,10 @@ def embedding_bag_scale_bwd(
     for start in range(0, columns, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         mask = counts[:, None] & (column < columns)[None, :]
-        w = tl.load(w_ptr + w_at + (column * w_strides[2])[None, :], mask=mask, other=0)
-        g = tl.load(g_ptr + g_at + (column * strides[0])[None, :], mask=mask, other=0)
+        w = tl.load(
+            w_ptr + w_at + (column.to(tl.int64) * w_strides[2])[None, :], mask=mask, other=0
+        )
+        g = tl.load(g_ptr + g_at + (column.to(tl.int64) * strides[0])[None, :], mask=mask, other=0)
         total += w.to(COMPUTE) * g.to(COMPUTE)
     result = poisoned(tl.sum(total, 1), valid)
     tl.store(ds_ptr + row, result.to(ds_ptr.dtype.element_ty), mask=row < n)
