@@ -93,7 +93,8 @@ def test_every_entry_is_named() -> None:
 
 
 MOST = 64
-"""Samples of an entry that run, a random choice of those that have more; all with --every-op."""
+"""Samples of an entry that run in float64, a random choice of those that have more, and half as
+many in each other dtype, which repeats them; all with --every-op."""
 
 FEWER = {"nn.functional.scaled_dot_product_attention": 7}
 """Of entries whose samples take seconds each in the interpreter, sixteen matrices in all orders."""
@@ -108,7 +109,9 @@ def all_samples(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) ->
 def samples(entry: str, dtype: torch.dtype, requires_grad: bool) -> list[Sample]:
     """The entry's samples as calls of torch's function."""
     found = list(INFOS[entry].sample_inputs(DEVICE, dtype, requires_grad=requires_grad))
-    most = MOST if sys.maxsize == MOST else FEWER.get(entry, MOST)
+    most = MOST if dtype is torch.float64 else MOST // 2
+    if sys.maxsize != MOST:
+        most = FEWER.get(entry, most)
     if len(found) > most:
         found = random.Random(0).sample(found, most)
     return [Sample((s.input, *s.args), s.kwargs, s.name) for s in found]
