@@ -434,8 +434,8 @@ def test_peak_memory(
     share: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside the gradients, which both have to make, less than 0.15 of what the pair takes: 0.112 at
-    4096 tokens of 4096 features in 128256 classes, where it is 0.56 with the gradients counted.
+    """Beside the gradients, which both have to make, less than 0.15 of what the pair takes: 0.112
+    at 4096 tokens of 4096 features in 128256 classes, where it is 0.56 with the gradients counted.
     ``scratch``: a GPU's, or in proportion; of all classes in one piece it is the pair's."""
     monkeypatch.setattr(launchers.linear_loss, "SCRATCH", scratch)
     fused, results = peak_bytes(fused_loss, rows, features, classes)

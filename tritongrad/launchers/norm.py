@@ -92,6 +92,7 @@ def plan(
     reaches = [reach(kept_shape, a) + reach(row_shape, b) for a, b in every]
     wide = max(*reaches, rows, programs * columns) > INT32_MAX - block_rows * block_columns
     elements = block_rows * block_columns
+    least = 4 if long else min(4, elements // 256)
     meta = {
         "CENTRED": centred,
         "LONG": long,
@@ -99,7 +100,7 @@ def plan(
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
-        "num_warps": min(max(elements // 512, min(4, elements // 256), 1), 16),
+        "num_warps": min(max(elements // 512, least, 1), 16),
     }
     taken = zip(iter(kept_strides[1:]), iter(row_strides[1:]), strict=True)
     pairs = [((), ()) if w is None else next(taken) for w in walks]
@@ -137,7 +138,11 @@ def forward(
     reciprocal of the deviation, of each row and not rounded. Without ``value`` those alone."""
     first = operands[0]
     compute = COMPUTE_DTYPE[first.dtype]
-    found = _plan(operands, axes, k.FORWARD, False, centred, compute)
+    budget = k.FORWARD
+    if weight is not None and bias is not None and weight.itemsize == 4:
+        # Rows of the most numbers do not fit beside these two.
+        budget //= 1 if weight.numel() <= budget // 2 else 2
+    found = _plan(operands, axes, budget, False, centred, compute)
     kept = first.shape[: first.dim() - axes]
     y = first.new_empty(first.shape) if value else None
     total = first.new_empty(first.shape) if len(operands) == 2 else None

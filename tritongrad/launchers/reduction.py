@@ -206,6 +206,9 @@ def _plan(
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
     }
+    if len(shapes) > 1 and block_rows * block_columns * len(shapes) > 2048:
+        # Of several operands twice as many threads hold as many numbers each, and none spills.
+        meta["num_warps"] = 8
     result = kept_shape
     if keepdim:
         result = torch.Size([1 if d in dims else n for d, n in enumerate(shape)])
