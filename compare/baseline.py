@@ -1,15 +1,18 @@
 """``compare static --against FILE``: machine code that got worse since a table was checked in.
 
-The table has one specialisation of each kernel for each of its dtypes and tiles: those that
-``compare bench`` would launch at one size. It is made by ``compare static --table FILE``.
+Of all that ``compare bench`` would launch at one size, the table has one specialisation for each
+kind: a kernel with its dtypes, tile and alignment. Of the device functions that a kernel can be
+given, so one stands for all: what they share is what the table is for, and spills and vectors are
+looked for in each by ``compare static`` itself. ``--table`` makes it; with ``--only OP``, of what
+these ops launch, and the rest stays.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -35,6 +38,8 @@ REGISTERS, SLACK = 1.15, 4
 class Entry(NamedTuple):
     """What is kept of a compiled kernel's Code."""
 
+    op: str
+    name: str
     registers: int
     spill_bytes: int
     wide_loads: int
@@ -42,14 +47,20 @@ class Entry(NamedTuple):
     tensor_core: int
 
     @classmethod
-    def of(cls, code: Code) -> Entry:
+    def of(cls, specialisation: Specialisation, code: Code) -> Entry:
         return cls(
+            min(specialisation.ops),
+            name_of(specialisation),
             code.registers,
             code.spill_bytes,
             code.wide_loads or 0,
             code.wide_stores or 0,
             sum(code.tensor_core.values()),
         )
+
+
+Table = dict[str, Entry]
+"""By kind."""
 
 
 def collect(ops: Iterable[Op]) -> Collection:
@@ -67,15 +78,28 @@ def collect(ops: Iterable[Op]) -> Collection:
     return collection
 
 
-def representatives(found: Iterable[Specialisation]) -> list[Specialisation]:
-    """One of each kernel for each dtypes, tile and alignment, by name. The functions that kernels
-    are given differ too little in what they need to have each a row of its own."""
+def kind_of(specialisation: Specialisation) -> str:
+    """What specialisations have in common that one row of the table stands for."""
+    meta = specialisation.description["meta"]
+    tile = [f"{k}={_argument(v)}" for k, v in meta.items() if not _is_function(v)]
+    dense = ["dense"] * specialisation.vectorisable
+    return " ".join([specialisation.kernel, *specialisation.dtypes, *dense, *tile])
+
+
+def _is_function(value: Json) -> bool:
+    return isinstance(value, dict) and "jit" in value
+
+
+def representatives(
+    found: Iterable[Specialisation], table: Mapping[str, Entry] | None = None
+) -> list[Specialisation]:
+    """One of each kind: that of the table, if it is there, else the first by name. Kinds whose row
+    is of another specialisation have none."""
     chosen: dict[str, Specialisation] = {}
     for specialisation in sorted(found, key=name_of):
-        meta = specialisation.description["meta"]
-        tile = {name: value for name, value in meta.items() if not isinstance(value, dict)}
-        about = (specialisation.kernel, specialisation.dtypes, tile, specialisation.vectorisable)
-        chosen.setdefault(json.dumps(about, sort_keys=True), specialisation)
+        kind = kind_of(specialisation)
+        if table is None or kind not in table or table[kind].name == name_of(specialisation):
+            chosen.setdefault(kind, specialisation)
     return list(chosen.values())
 
 
@@ -100,27 +124,20 @@ def _argument(value: Json) -> str:
     return ".".join(content) if kind == "jit" else content
 
 
-def tabulate(pairs: Iterable[tuple[Specialisation, Code]]) -> dict[str, Any]:
+def tabulate(pairs: Iterable[tuple[Specialisation, Code]]) -> Table:
     """The table of what these were compiled to."""
-    code = {name_of(specialisation): list(Entry.of(code)) for specialisation, code in pairs}
-    return {
-        "target": TARGET,
-        "triton": installed("triton"),
-        "columns": list(Entry._fields),
-        "code": dict(sorted(code.items())),
-    }
+    return {kind_of(s): Entry.of(s, code) for s, code in pairs}
 
 
-def write(table: dict[str, Any], path: Path) -> None:
-    """Write a table, one specialisation a line."""
-    rows = (f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table["code"].items())
-    head = {key: value for key, value in table.items() if key != "code"}
-    text = json.dumps(head)[:-1] + ', "code": {\n' + ",\n".join(rows) + "\n}}\n"
-    path.write_text(text)
+def write(table: Table, path: Path) -> None:
+    """Write a table, one kind a line."""
+    head = {"target": TARGET, "triton": installed("triton"), "columns": list(Entry._fields)}
+    rows = [f"  {json.dumps(kind)}: {json.dumps(table[kind])}" for kind in sorted(table)]
+    path.write_text(json.dumps(head)[:-1] + ', "code": {\n' + ",\n".join(rows) + "\n}}\n")
 
 
-def read(path: Path) -> dict[str, Entry]:
-    """Name -> what it was compiled to.
+def read(path: Path) -> Table:
+    """A table that was written.
 
     Raises:
         ValueError: the file is no such table.
@@ -128,7 +145,7 @@ def read(path: Path) -> dict[str, Entry]:
     table = json.loads(path.read_text())
     if not isinstance(table, dict) or table.get("columns") != list(Entry._fields):
         raise ValueError(f"{path} is no table of `compare static --table`")
-    return {name: Entry(*row) for name, row in table["code"].items()}
+    return {kind: Entry(*row) for kind, row in table["code"].items()}
 
 
 def regressions(before: Entry, code: Code | None) -> Iterator[str]:
@@ -136,22 +153,23 @@ def regressions(before: Entry, code: Code | None) -> Iterator[str]:
     if code is None:
         yield "does not compile any more"
         return
-    now = Entry.of(code)
-    if now.registers > max(REGISTERS * before.registers, before.registers + SLACK):
-        yield f"{now.registers} registers, before {before.registers}"
-    if now.spill_bytes > before.spill_bytes:
-        yield f"spills {now.spill_bytes} bytes a thread, before {before.spill_bytes}"
-    for what in ("wide_loads", "wide_stores", "tensor_core"):
-        count, old = getattr(now, what), getattr(before, what)
-        if count < old:
-            yield f"{count} {what.replace('_', ' ')}, before {old}"
+    if code.registers > max(REGISTERS * before.registers, before.registers + SLACK):
+        yield f"{code.registers} registers, before {before.registers}"
+    if code.spill_bytes > before.spill_bytes:
+        yield f"spills {code.spill_bytes} bytes a thread, before {before.spill_bytes}"
+    counts = code.wide_loads or 0, code.wide_stores or 0, sum(code.tensor_core.values())
+    for what, now in zip(("wide_loads", "wide_stores", "tensor_core"), counts, strict=True):
+        if now < getattr(before, what):
+            yield f"{now} {what.replace('_', ' ')}, before {getattr(before, what)}"
 
 
-def unlaunched(table: Iterable[str], launched: Iterable[str]) -> list[str]:
-    """Kernels of which nothing that the table has is launched any more: it is out of date."""
-
-    def kernels(names: Iterable[str]) -> set[str]:
-        return {name.partition("(")[0] for name in names}
-
-    table, launched = set(table), set(launched)
-    return sorted(kernels(table) - kernels(table & launched))
+def out_of_date(table: Table, found: Iterable[Specialisation]) -> Iterator[str]:
+    """Kinds of which the table has a row that nothing launches, or none for what is launched."""
+    names: dict[str, set[str]] = {}
+    for specialisation in found:
+        names.setdefault(kind_of(specialisation), set()).add(name_of(specialisation))
+    for kind in sorted(table.keys() | names.keys()):
+        if kind not in table:
+            yield f"{kind}: not in the table"
+        elif table[kind].name not in names.get(kind, ()):
+            yield f"{kind}: nothing launches what the table has"

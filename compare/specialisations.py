@@ -330,25 +330,29 @@ class Collection:
 
 
 def cover(
-    specialisations: Iterable[Specialisation], tiles: bool = True
+    specialisations: Iterable[Specialisation], tiles: bool = True, functions: bool = True
 ) -> Iterator[Specialisation]:
     """Those that show something new: a kernel's functions, or its tile, with these dtypes.
 
     The rest repeat one of them with other divisibilities, ranks or absent operands: many times as
     many, from the same source lines. Without ``tiles``, each kernel with each of its functions
-    once, and with each tile only if it has no functions.
+    once, and with each tile only if it has no functions. Without ``functions`` either, each kernel
+    with each of the flags that decide which of its lines are compiled, and with these dtypes.
     """
     seen: set[str] = set()
     for specialisation in specialisations:
         meta = specialisation.description["meta"]
-        functions = [leaf["jit"] for leaf in _leaves(meta) if "jit" in leaf]
+        called = [leaf["jit"] for leaf in _leaves(meta) if "jit" in leaf]
         tile = {name: value for name, value in meta.items() if not isinstance(value, dict)}
         tile["vectorisable"] = specialisation.vectorisable
         about: tuple[Any, ...] = (specialisation.kernel, specialisation.dtypes)
         if tiles:
-            keys = {json.dumps([*about, functions]), json.dumps([*about, tile])}
+            keys = {json.dumps([*about, called]), json.dumps([*about, tile])}
+        elif functions:
+            keys = {json.dumps([specialisation.kernel, called or tile])}
         else:
-            keys = {json.dumps([specialisation.kernel, functions or tile])}
+            flags = {name: value for name, value in meta.items() if isinstance(value, bool)}
+            keys = {json.dumps([*about, flags])}
         if keys - seen:
             seen |= keys
             yield specialisation

@@ -38,6 +38,7 @@ class Vector:
     Attributes:
         broadcasts: not each of its operands is dense.
         where: constants of the specialisations that must, others being for other layouts.
+        tiled: tiles are as small as what is reduced: those must that fill four warps.
     """
 
     reason: str
@@ -45,6 +46,7 @@ class Vector:
     stores: bool = True
     broadcasts: bool = False
     where: Mapping[str, str] = field(default_factory=dict)
+    tiled: bool = False
 
 
 VECTORISED: dict[str, Vector] = {
@@ -57,6 +59,8 @@ VECTORISED: dict[str, Vector] = {
     "norm_fwd": Vector("it reads and writes every row once", stores=False, broadcasts=True),
     "norm_bwd": Vector("as its forward", stores=False, broadcasts=True),
     "rowwise": Vector("it reads and writes every element once, and does little else"),
+    "reduce": Vector("it does little but read", stores=False, tiled=True),
+    "row_loss": Vector("as a reduction", stores=False, tiled=True),
 }
 
 
@@ -109,6 +113,8 @@ def _faults(specialisation: Specialisation, target: str, code: Code) -> Iterator
         return
     if vector.where.items() - specialisation.constexprs.items():
         return
+    if vector.tiled and not _fills_threads(specialisation):
+        return
     # Nor has a thread 16 bytes of bools: of a comparison to store, or of a mask to load where that
     # is the one operand that is not broadcast.
     bools = "bool" in specialisation.dtypes
@@ -116,6 +122,14 @@ def _faults(specialisation: Specialisation, target: str, code: Code) -> Iterator
         yield f"no 16-byte load ({vector.reason})"
     if vector.stores and not code.wide_stores and not bools:
         yield f"no 16-byte store ({vector.reason})"
+
+
+def _fills_threads(specialisation: Specialisation) -> bool:
+    """Whether a tile has 16 bytes for each of 128 threads, and its rows are of 16 bytes or more."""
+    meta = specialisation.description["meta"]
+    size = min(getattr(torch, d).itemsize for d in specialisation.dtypes)
+    row = size * meta["BLOCK_COLUMNS"]
+    return row >= 16 and row * meta["BLOCK_ROWS"] >= 16 * 128
 
 
 def compile_for(
@@ -182,40 +196,56 @@ def _line(row: Row) -> tuple[str, ...]:
 
 
 def compare_with_table(options: argparse.Namespace, console: Console) -> int:
-    """``--against`` and ``--table``. Returns 1 where something got worse, or the table is of other
-    kernels."""
+    """``--against`` and ``--table``, of all ops or of some."""
     names = options.only or list(OPS)
     collection = baseline.collect(OPS[name] for name in tracked(names, "collecting", console))
-    found = {baseline.name_of(s): s for s in collection.specialisations}
     for problem in collection.problems:
         console.print(f"not collected: {problem}", markup=False, style="red")
-    if options.table is not None:
-        wanted = baseline.representatives(found.values())
-        rows = compile_for(wanted, [baseline.TARGET], options.workers, console)
-        pairs = [(s, row.code) for s, row in zip(wanted, rows, strict=True) if row.code is not None]
-        baseline.write(baseline.tabulate(pairs), options.table)
-        console.print(f"{len(pairs)} of {len(wanted)} specialisations in {options.table}")
-        return int(len(pairs) < len(wanted) or bool(collection.problems))
+    compare = make_table if options.table is not None else compare_with
+    return compare(collection, options, console) or int(bool(collection.problems))
+
+
+def make_table(collection: Collection, options: argparse.Namespace, console: Console) -> int:
+    """Write the table of what was collected. Of some ops: take its rows into the one there is."""
+    path: Path = options.table
+    old = baseline.read(path) if options.only and path.exists() else {}
+    others = {kind: entry for kind, entry in old.items() if entry.op not in options.only}
+    wanted = baseline.representatives(collection.specialisations, others)
+    rows = compile_for(wanted, [baseline.TARGET], options.workers, console)
+    pairs = [(s, row.code) for s, row in zip(wanted, rows, strict=True) if row.code is not None]
+    made = baseline.tabulate(pairs)
+    made |= {kind: made[kind]._replace(op=others[kind].op) for kind in made.keys() & others.keys()}
+    baseline.write(others | made, path)
+    console.print(f"{len(pairs)} of {len(wanted)} specialisations in {path}")
+    return int(len(pairs) < len(wanted))
+
+
+def compare_with(collection: Collection, options: argparse.Namespace, console: Console) -> int:
+    """Compare what was collected with the table. Returns 1 where something got worse, or the table
+    is out of date."""
     table = baseline.read(options.against)
-    wanted = [found[name] for name in table if name in found]
+    if options.only:
+        table = {kind: entry for kind, entry in table.items() if entry.op in options.only}
+    wanted = [
+        s
+        for s in collection.specialisations
+        if (kind := baseline.kind_of(s)) in table and table[kind].name == baseline.name_of(s)
+    ]
     rows = compile_for(wanted, [baseline.TARGET], options.workers, console)
     worse = 0
     for specialisation, row in zip(wanted, rows, strict=True):
-        name = baseline.name_of(specialisation)
-        for problem in baseline.regressions(table[name], row.code):
-            console.print(f"{name}: {problem}", markup=False, style="red", soft_wrap=True)
+        kind = baseline.kind_of(specialisation)
+        for problem in baseline.regressions(table[kind], row.code):
+            console.print(f"{kind}: {problem}", markup=False, style="red", soft_wrap=True)
             worse += 1
-    # Of some ops alone, most of the table is not launched.
-    stale = [] if options.only else baseline.unlaunched(table, found)
-    for kernel in stale:
-        console.print(
-            f"{kernel}: the table has nothing that is launched; make it anew with --table"
-        )
-    gone = len(table) - len(wanted)
-    console.print(
-        f"{len(wanted)} compared, {worse} worse; {gone} of the table not launched by these ops"
+    # Some ops launch much of which the row is another's.
+    stale = list(
+        baseline.out_of_date(table, wanted if options.only else collection.specialisations)
     )
-    return int(bool(worse or stale or collection.problems))
+    for problem in stale:
+        console.print(f"{problem}; make it anew with --table", markup=False, soft_wrap=True)
+    console.print(f"{len(wanted)} compared, {worse} worse; {len(stale)} out of date")
+    return int(bool(worse or stale))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -215,6 +215,20 @@ def test_vectors_are_for_some_layouts_alone(
         assert len(row.faults) == count
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "columns", "fills"),
+    [("float32", 8, 256, True), ("bfloat16", 128, 8, True), ("bfloat16", 128, 4, False),
+     ("float32", 1024, 2, False)],
+)  # fmt: skip
+def test_tiles_that_are_too_small_for_vectors(
+    planted: Any, dtype: str, rows: int, columns: int, fills: bool
+) -> None:
+    x = torch.empty(4096, dtype=getattr(torch, dtype))
+    tile = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
+    small = Specialisation(describe(planted.copy, (x, torch.empty(4096), 4096), tile))
+    assert static._fills_threads(small) == fills
+
+
 def test_too_much_shared_memory_is_a_fault(launches: dict[str, Specialisation]) -> None:
     code = Code(32, 0, 0, 228 * 1024, 1, 1)
     answer = vars(code) | {"signature": "", "num_warps": 4, "num_stages": 3}
@@ -333,6 +347,9 @@ def test_collecting_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(s.vectorisable for s in found)
     covered = list(specialisations.cover(found))
     assert len(covered) < len(found)
+    kernels = list(specialisations.cover(found, tiles=False, functions=False))
+    assert {s.kernel for s in kernels} == {s.kernel for s in found}
+    assert len(kernels) < len(covered)
     # The gradient of a broadcast operand is summed by another kernel, which has no F.
     assert {(s.kernel, s.constexprs.get("F")) for s in covered} == {
         (s.kernel, s.constexprs.get("F")) for s in found
@@ -406,28 +423,29 @@ def test_multiplication_compiles_and_vectorises(tmp_path: Path) -> None:
 ELSEWHERE = {"scaled_dot_product_attention", "attention"}
 """Ops of kernels that take minutes to compile in all tiles: of each one is in test_attention.py."""
 
-LATER = frozenset(
-    """
-    add_layer_norm add_rms_norm batch_norm cosine_embedding_loss cross_entropy embedding
-    embedding_bag gaussian_nll_loss geglu glu group_norm gumbel_softmax instance_norm layer_norm
-    linear_act linear_add linear_cross_entropy nll_loss reglu rms_norm rope softmin swiglu
-    triplet_margin_loss
-    """.split()  # noqa: SIM905
-)
-"""Ops whose kernels have not been seen compiled for all four targets yet: with --every-op, and by
-`make static`. What their own tests compile, they compile in each run."""
-
 
 @functools.cache
 def collected(every_op: bool) -> list[Specialisation]:
+    """Each kernel with each of its flags, in both kinds of dtypes; or also with each of the
+    functions of every op. All tiles are for `make static`."""
+    ops = {op.kernels: op for op in reversed(OPS.values())}.values()
+    dtypes = [torch.float32] if every_op else [torch.float32, torch.bfloat16]
     collection = specialisations.Collection()
-    for op in OPS.values():
-        if op.name in ELSEWHERE or (op.name in LATER and not every_op):
-            continue
-        # As they are, and in two sizes that a GPU sees.
-        collection.add(op, [torch.float32], lambda dtype: list(specialisations.sizes(dtype))[:3])
+    with pytest.MonkeyPatch.context() as patch:
+        # Nothing is computed, so no memory need be filled.
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        for op in OPS.values() if every_op else ops:
+            if op.name not in ELSEWHERE:
+                # As they are, and in two sizes that a GPU sees.
+                collection.add(op, dtypes, lambda dtype: list(specialisations.sizes(dtype))[:3])
     assert collection.problems == []
-    return list(specialisations.cover(collection.specialisations, tiles=False))
+    found = collection.specialisations
+    return list(specialisations.cover(found, tiles=False, functions=every_op))
+
+
+def test_every_kernel_is_collected() -> None:
+    named = {k for op in OPS.values() if op.name not in ELSEWHERE for k in op.kernels}
+    assert {s.kernel for s in collected(False)} >= named
 
 
 PARTS = 4  # so that no worker is left with minutes of compiling when the others have finished
@@ -435,19 +453,16 @@ PARTS = 4  # so that no worker is left with minutes of compiling when the others
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", disassembly.TARGETS)
-def test_every_op_compiles_without_spills(
-    target: str, part: int, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+def test_every_kernel_compiles_without_spills(
+    target: str, part: int, pytestconfig: pytest.Config
 ) -> None:
-    """Each kernel with each of its functions; all tiles and dtypes are for `make static`."""
-    # Nothing is computed, so no memory need be filled.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    wanted = collected(pytestconfig.getoption("every_op"))[part::PARTS]
-    # One target of each maker has all functions, and its instructions looked at; the others those
-    # of one op of each mechanism. `make static` has all on all.
+    """Of one target of each maker the instructions are looked at, too: that takes as long again."""
+    every_op = pytestconfig.getoption("every_op")
+    wanted = collected(every_op)[part::PARTS]
     listing = target in ("sm_90", "gfx942")
     if not listing:
         chosen = representatives()
-        wanted = [s for s in wanted if chosen & set(s.ops)]
+        wanted = [s for s in wanted if chosen & s.ops and "bfloat16" not in s.dtypes]
     rows = static.compile_for(wanted, [target], 1, make_console(), listing)
     assert {
         (row.kernel, row.ops, str(row.constexprs)): row.faults for row in rows if row.faults

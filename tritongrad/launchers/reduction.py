@@ -193,6 +193,8 @@ def _plan(
         steps,
         span,
     )
+    # 16 bytes a thread or more; of more in half precision, or of many operands, a few are spilled.
+    most = 8 if element.itemsize == 2 or len(own_strides) > 3 else 4
     meta = {
         "MAP": reduction.map,
         "COMBINE": reduction.combine,
@@ -205,6 +207,7 @@ def _plan(
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
+        "num_warps": min(max(block_rows * block_columns * element.itemsize // 512, 1), most),
     }
     if len(shapes) > 1 and block_rows * block_columns * len(shapes) > 2048:
         # Of several operands twice as many threads hold as many numbers each, and none spills.

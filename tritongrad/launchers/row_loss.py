@@ -91,9 +91,8 @@ def plan(
     sizes, kept = collapse(row_shape, own, range(len(row_shape) - 1, -1, -1))
 
     compute = COMPUTE_DTYPE[element]
-    # As many elements a thread, but fewer threads, where six accumulators fill the registers.
-    many = len(reduction.identity) > 3
-    tile = TILE_BYTES // (4 if many else 2) // compute.itemsize
+    # A program of few threads, where six accumulators fill the registers of each.
+    tile = TILE_BYTES // (8 if len(reduction.identity) > 3 else 2) // compute.itemsize
     if along_rows(kept, [(s,) for s in column_strides]):
         block_columns = min(next_power_of_two(max(columns, 1)), tile)
         block_rows = min(next_power_of_two(max(rows, 1)), tile // block_columns)
@@ -133,7 +132,8 @@ def plan(
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
-        "num_warps": 2 if many else 4,
+        # 16 bytes a thread: of more the compiler spills a few.
+        "num_warps": max(block_rows * block_columns * element.itemsize // 512, 1),
     }
     programs = groups * parts
     grid = (programs,) if programs else None
