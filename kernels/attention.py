@@ -45,7 +45,6 @@ from .math import libdevice
 from .pointwise import scalar
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # The interpreter's dot reads the bits of bfloat16 as integers, see matmul.py.
@@ -117,7 +116,7 @@ def exponential(x, shift, FAST: tl.constexpr):
 def finite(lse):
     """What to subtract from scores: where all are -inf, anything but that; NaN for inf, which makes
     a row NaN, as torch's is."""
-    return tl.where(lse == -INF, 0.0, tl.where(lse == INF, NAN, lse))
+    return tl.where(lse == -INF, 0.0, tl.where(lse == INF, float("nan"), lse))
 
 
 @triton.jit

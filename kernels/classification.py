@@ -25,7 +25,6 @@ from .pointwise import scalar
 from .reduction import locate
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 # Elements of a tile that is walked along a row: 16 a thread, of up to four accumulators.
 TILE = 4096
@@ -192,7 +191,7 @@ def cross_entropy_fwd(
         tl.store(state[1] + at, mass, mask=live)
     else:
         # A row of nothing but -inf, or with an infinity in it, is NaN, as torch's is.
-        total = tl.where(tl.abs(top) == INF, NAN, total)
+        total = tl.where(tl.abs(top) == INF, float("nan"), total)
         logarithm = libdevice.log(total)
         loss = mass * logarithm - pull
         if z is not None:
@@ -200,14 +199,14 @@ def cross_entropy_fwd(
             loss += scalar(z, COMPUTE) * lse * lse
             mass += 2 * scalar(z, COMPUTE) * lse
         if INDEX:
-            loss = tl.where(known, loss, tl.where(counted, NAN, 0))
+            loss = tl.where(known, loss, tl.where(counted, float("nan"), 0))
             mass = tl.where(counted, mass, 0)
         tl.store(loss_ptr + at, loss.to(loss_ptr.dtype.element_ty), mask=live)
         if slope_ptr is not None:
             tl.store(slope_ptr + at, mass, mask=live)
         if share_ptr is not None:
             share = weight_of(weight_row, label, known, strides[2], COMPUTE)
-            tl.store(share_ptr + at, tl.where(counted & ~known, NAN, share), mask=live)
+            tl.store(share_ptr + at, tl.where(counted & ~known, float("nan"), share), mask=live)
     tl.store(top_ptr + at, top, mask=live)
     tl.store(total_ptr + at, total, mask=live)
 
@@ -257,7 +256,7 @@ def cross_entropy_bwd(
     if INDEX:
         label, counted, known = label_of(target_row, live, ignored, classes)
         # Also where the mean of nothing has a factor that is not finite.
-        g = tl.where(known, g, tl.where(counted, NAN, 0))
+        g = tl.where(known, g, tl.where(counted, float("nan"), 0))
     x_at = x_ptr + locate(row, kept_shape, kept_strides[0])[:, None]
     x = tl.load(x_at + (column * strides[0])[None, :], mask=mask, other=0).to(COMPUTE)
     away = x - tl.load(top_ptr + at, mask=live, other=0)[:, None]
@@ -301,10 +300,10 @@ def nll_loss_fwd(
     x_row = x_ptr + locate(row, kept_shape, kept_strides[0])
     x = tl.load(x_row + label * strides[0], mask=known, other=0).to(COMPUTE)
     unknown = counted & ~known
-    loss = tl.where(unknown, NAN, -share * x)
+    loss = tl.where(unknown, float("nan"), -share * x)
     tl.store(loss_ptr + at, loss.to(loss_ptr.dtype.element_ty), mask=live)
     if share_ptr is not None:
-        tl.store(share_ptr + at, tl.where(unknown, NAN, share), mask=live)
+        tl.store(share_ptr + at, tl.where(unknown, float("nan"), share), mask=live)
 
 
 @triton.jit
@@ -323,7 +322,7 @@ def nll_loss_bwd(
     label, counted, known = label_of(target_row, live, ignored, columns)
     g = upstream(g_ptr, scale_ptr, None, row, live, kept_shape, kept_strides, COMPUTE)
     slope = -g * weight_of(weight_row, label, known, strides[2], COMPUTE)
-    off = tl.where(counted & ~known, NAN, 0).to(COMPUTE)
+    off = tl.where(counted & ~known, float("nan"), 0).to(COMPUTE)
     hit = (label[:, None] == column[None, :]) & known[:, None]
     dx = tl.where(hit, slope[:, None], off[:, None])
     dx_at = dx_ptr + locate(row, kept_shape, kept_strides[6])[:, None]

@@ -17,8 +17,6 @@ PAIRS = 1024
 # Of one row at most, so that several heads share the angles that a program reads.
 ROW_PAIRS = 256
 
-NAN = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def load_pairs(
@@ -64,7 +62,7 @@ def store_pairs(
 def load_angles(ptr, batch, row, j, strides, mask, COMPUTE: tl.constexpr):
     """One of the tables at the rows of a block of positions; NaN where there is no such row."""
     at = ptr + batch * strides[0] + (row * strides[1])[:, None] + (j * strides[2])[None, :]
-    return tl.load(at, mask=mask, other=NAN).to(COMPUTE)[:, None, :]
+    return tl.load(at, mask=mask, other=float("nan")).to(COMPUTE)[:, None, :]
 
 
 @triton.jit

@@ -18,7 +18,6 @@ from . import math as m
 from .math import libdevice
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -66,7 +65,7 @@ def log_softmax_bwd_bwd_row(v, g, y, mask):
 @triton.jit
 def softmax(x, top, total):
     # A row with an infinity in it is NaN throughout, as torch's is.
-    return (m.div(libdevice.exp(x - top), tl.where(top == INF, NAN, total)),)
+    return (m.div(libdevice.exp(x - top), tl.where(top == INF, float("nan"), total)),)
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def softmax_bwd_bwd(v, g, y, vy, gy):
 
 @triton.jit
 def log_softmax(x, top, total):
-    return (x - top - libdevice.log(tl.where(top == INF, NAN, total)),)
+    return (x - top - libdevice.log(tl.where(top == INF, float("nan"), total)),)
 
 
 @triton.jit

@@ -443,6 +443,20 @@ def collected(every_op: bool) -> list[Specialisation]:
     return list(specialisations.cover(found, tiles=False, functions=every_op))
 
 
+def test_constants_of_kernels_equal_themselves() -> None:
+    """At each launch Triton compares them with what it compiled, and raises where they differ: so
+    NaN is written out where it is used."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("tritongrad.kernels.")]
+    constants = {
+        f"{module.__name__}.{name}": value.value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, import_triton().constexpr)
+    }
+    assert len(constants) > 5
+    assert [name for name, value in constants.items() if value != value] == []
+
+
 def test_every_kernel_is_collected() -> None:
     named = {k for op in OPS.values() if op.name not in ELSEWHERE for k in op.kernels}
     assert {s.kernel for s in collected(False)} >= named
