@@ -16,7 +16,7 @@ from tritongrad.op import OPS
 CODE = Code(64, 0, 0, 1024, 8, 4, {"HGMMA": 4})
 
 
-NOT_IN_THE_TABLE: dict[str, str] = {}
+NOT_IN_THE_TABLE = {"rope_table_bwd": "the gradient of tables, where bench gives rope angles"}
 """Kernel -> why it has no row."""
 
 
