@@ -16,7 +16,8 @@ from tritongrad.compare.plant import plant
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_trains_as_on_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "STEPS", 8)  # enough to go down; the command takes more
+    if name != "poisson":  # of which the full course is promised
+        monkeypatch.setattr(models, "STEPS", 8)  # enough to go down; the command takes more
     row = models.check(name)
     assert not row.problem
     assert row.fell_back == {}
