@@ -1,21 +1,26 @@
 """Long rows and short ones: the machine code of what training time is spent in spills at none of
-these widths, forward, backward and in second order."""
+these widths, forward, backward and in second order, which are kernels of their own."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
-from support import DEVICE
+import torch.nn.functional as F
+from scenarios import launches
+from support import DEVICE, assert_same
 from torch import Tensor
 
+import tritongrad
 from tritongrad import runtime
 from tritongrad.compare import disassembly, static
 from tritongrad.compare.specialisations import Collection, Specialisation, cover, exercise
 from tritongrad.compare.terminal import make_console
+from tritongrad.nn import functional as TF
 from tritongrad.op import OPS
-from tritongrad.sampling import Sample
+from tritongrad.sampling import Random, Sample
 
 COLUMNS = (256, 4096, 32768, 65536, 262144)
 
@@ -68,3 +73,47 @@ def test_no_spills(
     assert {
         (row.kernel, row.ops, str(row.constexprs)): row.faults for row in rows if row.faults
     } == {}
+
+
+@pytest.mark.parametrize("name", samples(torch.zeros(1, 1)))
+def test_a_row_of_262144(name: str) -> None:
+    """Value and gradient, of which sums of so many terms have torch's error, as assert_same has it."""
+    x = Random(torch.float32, DEVICE)(1, 2**18)
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        own = x.detach().to(dtype).requires_grad_()
+        y = function(*samples(own)[name].args)
+        upstream = torch.linspace(0.5, 1.5, y.numel(), device=DEVICE, dtype=dtype).view(y.shape)
+        return y, torch.autograd.grad(y, own, upstream)[0]
+
+    ours, native = OPS[name].entry, OPS[name].replaces[0]
+    assert_same(
+        results(ours, torch.float32),
+        results(native, torch.float32),
+        exact=lambda: results(native, torch.float64),
+    )
+
+
+SECOND: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: F.softmax(x, -1),
+    "log_softmax": lambda x: F.log_softmax(x, -1),
+    "layer_norm": lambda x: F.layer_norm(x, (6,)),
+    "rms_norm": lambda x: F.rms_norm(x, (6,)),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "swiglu": TF.swiglu,
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_order_is_one_kernel(name: str) -> None:
+    """The gradients of a gradient, of x and of what came in, are made in one launch. What is kept
+    of softmax is its result, the gradient of which is handed on to x by another."""
+    make = Random(torch.float64, DEVICE)
+    x = make(3, 6)
+    with tritongrad.use():
+        y = SECOND[name](x)
+    g = torch.rand_like(y).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    _, count = launches(lambda: torch.autograd.grad(dx, (x, g), torch.rand_like(dx)))
+    assert count == (2 if "softmax" in name else 1)
