@@ -26,6 +26,7 @@ from tritongrad.compare import static
 from tritongrad.compare.parity import STAND_INS
 from tritongrad.compare.specialisations import Specialisation, describe
 from tritongrad.compare.terminal import make_console
+from tritongrad.dtypes import COMPUTE_DTYPE
 from tritongrad.extension import EXTENSIONS
 from tritongrad.launchers import attention as launcher
 from tritongrad.ops.attention_calculus import keep
@@ -447,15 +448,32 @@ def test_multihead_attention(masked: bool) -> None:
 # ------------------------------------------------------------------------------------- machine code
 
 
-SPILLS: dict[tuple[str, int], int] = {("attention_jvp_bwd_kv", 128): 368}
-"""(kernel, head dimension) -> bytes a thread that it spills on sm_90 in bfloat16."""
+SPILLS: dict[tuple[str, str, int], int] = {
+    **{("attention_jvp_bwd_kv", half, 128): 368 for half in ("bfloat16", "float16")},
+    ("attention_jvp", "bfloat16", 256): 1872,
+    ("attention_bwd_kv", "bfloat16", 256): 1936,
+    ("attention_jvp_bwd_q", "bfloat16", 256): 2692,
+    ("attention_jvp_bwd_kv", "bfloat16", 256): 9008,
+    ("attention_jvp", "float32", 128): 896,
+    ("attention_jvp_bwd_q", "float32", 128): 8,
+    ("attention_jvp_bwd_kv", "float32", 128): 1108,
+    ("attention_jvp_bwd_q", "float64", 64): 40,
+}
+"""(kernel, dtype, head dimension) -> bytes a thread that it spills on sm_90."""
+
+MACHINE_CODE = [
+    (torch.bfloat16, 128), (torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float16, 128),
+    (torch.float32, 64), (torch.float32, 128), (torch.float64, 64),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_machine_code(size: int) -> None:
-    """Tensor cores in every product and no spill on sm_90, but for what is recorded."""
-    q = torch.zeros(4, 16, 2048, size, dtype=torch.bfloat16)
-    lse = torch.zeros(4, 16, 2048)
+@pytest.mark.parametrize(("dtype", "size"), MACHINE_CODE, ids=str)
+def test_machine_code(dtype: torch.dtype, size: int, pytestconfig: pytest.Config) -> None:
+    """wgmma in every product of half precision, and no spill on sm_90 but for what is recorded."""
+    if (dtype, size) != MACHINE_CODE[0] and not pytestconfig.getoption("every_op"):
+        pytest.skip("half a minute of compiling: with --every-op")
+    q = torch.zeros(4, 16, 2048, size, dtype=dtype)
+    lse = torch.zeros(4, 16, 2048, dtype=COMPUTE_DTYPE[dtype])
     options, x = launcher.Options(up=0), launcher.Inputs(q, q, q)
     needs = (True, True, True, False, False, False)
     tangents = launcher.Tangents(q, q, q, None, None, None)
@@ -469,9 +487,14 @@ def test_machine_code(size: int) -> None:
         launcher.jvp(options, x, tangents, q, lse)
         launcher.backward(options, x, needs, q, None, q, lse)
         launcher.second(options, x, needs, q, None, q, lse, tangents, q, lse)
-    names = {s.kernel: s for s in wanted}
-    assert len(names) == 7
-    for row in static.compile_for(list(names.values()), ["sm_90"], 1, make_console()):
+    kernels = {s.kernel: s for s in wanted}
+    assert len(kernels) == 7
+    name, half = str(dtype).removeprefix("torch."), dtype.itemsize == 2
+    found = {}
+    for row in static.compile_for(list(kernels.values()), ["sm_90"], 1, make_console()):
         assert row.code is not None, row.faults
-        assert row.code.spill_bytes == SPILLS.get((row.kernel, size), 0), row
-        assert "HGMMA" in row.code.tensor_core or row.kernel == "attention_rows", row
+        found[row.kernel] = row.code.spill_bytes
+        products = {"HGMMA"} if half and row.kernel != "attention_rows" else set()
+        assert {*row.code.tensor_core} == products or not half, row
+    recorded = {kernel: SPILLS.get((kernel, name, size), 0) for kernel in kernels}
+    assert found == recorded

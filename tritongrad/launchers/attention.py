@@ -82,10 +82,12 @@ class Blocks(NamedTuple):
     stages: int
 
 
+_Rows = tuple[tuple[int, int, int, int], ...]
+
 # Kernel set -> size class of the head -> blocks, for half precision. A program of queries keeps its
 # accumulators (m by head dimension) and one block of pairs for each quantity that the formula has
 # in registers, and `stages` copies of what it walks along in shared memory (227 KiB on sm_90).
-_HALF = {
+_HALF: dict[str, _Rows] = {
     # kernel set: m, n, warps, stages for heads up to 64, 128 and 256
     "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
     "jvp": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
@@ -95,9 +97,16 @@ _HALF = {
     "second_kv": ((32, 64, 4, 2), (32, 128, 8, 1), (16, 64, 4, 1)),
     "mask": ((64, 64, 4, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
 }
-# No tensor core multiplies float32 exactly, and registers hold half or a quarter as many.
-_FLOAT32 = (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)
-_FLOAT64 = (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)
+# No tensor core multiplies float32 exactly, and registers hold half or a quarter as many. Twice the
+# warps where four spill more, counted on sm_90; what spills all the same is in test_attention.py.
+_SQUARE, _FEW, _MANY = (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)
+_FLOAT64: dict[str, _Rows] = dict.fromkeys(_HALF, (_FEW, _FEW, _FEW))
+_FLOAT32 = _FLOAT64 | {
+    "forward": (_SQUARE, _MANY, _MANY),
+    **dict.fromkeys(("backward_q", "backward_kv", "mask"), (_SQUARE, _FEW, _FEW)),
+    **dict.fromkeys(("jvp", "second_kv"), (_FEW, _MANY, _MANY)),
+    "second_q": (_MANY, _MANY, _MANY),
+}
 
 # Programs that keep a GPU busy: with fewer, smaller blocks.
 FILL = 128
@@ -105,8 +114,8 @@ FILL = 128
 
 def blocks(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int], many: int) -> Blocks:
     """Blocks for heads of ``size``, ``lengths`` of queries and keys, and ``many`` heads in all."""
-    wide = {torch.float64: _FLOAT64, torch.float32: _FLOAT32}.get(dtype)
-    found = Blocks(*(wide or _HALF[kind])[(size > 64) + (size > 128)])
+    table = {torch.float64: _FLOAT64, torch.float32: _FLOAT32}.get(dtype, _HALF)
+    found = Blocks(*table[kind][(size > 64) + (size > 128)])
     own, other = (found.n, found.m) if kind.endswith("kv") else (found.m, found.n)
     own_length, other_length = reversed(lengths) if kind.endswith("kv") else lengths
     while own > 16 and (many * -(-own_length // own) < FILL or own >= 2 * own_length):
@@ -114,7 +123,8 @@ def blocks(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int], m
     # What is walked along in at least two steps, so that the second is loaded during the first.
     other = min(other, max(next_power_of_two(max(other_length, 1)) // 2, 16))
     m, n = (other, own) if kind.endswith("kv") else (own, other)
-    return Blocks(m, n, found.warps if m * n >= 64 * 64 else 4, found.stages)
+    whole = (m, n) == (found.m, found.n) or m * n >= 64 * 64
+    return Blocks(m, n, found.warps if whole else 4, found.stages)
 
 
 class Problem:
