@@ -259,6 +259,27 @@ def test_rows_of_hidden_keys() -> None:
         assert not ours[0][:, 1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_as_accurate_as_torchs_fused_kernels(dtype: torch.dtype) -> None:
+    """Of value and gradients, beside what torch takes by itself for four dimensions: the largest
+    error against float64 exceeds torch's by no more than two roundings of the largest element."""
+    inputs = [make(1, 2, n, 16, low=-4.0, high=4.0).to(dtype) for n in (17, 19, 19)]
+    upstream = random_like(inputs[:1], 1)[0].to(dtype)
+
+    def run(function: Callable[..., Tensor], dtype: torch.dtype = dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        out = function(*leaves, is_causal=True)
+        found = [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+        return [t.detach().double() for t in found]
+
+    cases = zip(
+        run(sdpa), run(F.scaled_dot_product_attention), run(native, torch.float64), strict=True
+    )
+    for ours, theirs, exact in cases:
+        error, torchs = ((t - exact).abs().amax().item() for t in (ours, theirs))
+        assert error <= torchs + torch.finfo(dtype).eps * exact.abs().amax().item()
+
+
 # ----------------------------------------------------------------------------- what torch's has not
 
 
