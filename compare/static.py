@@ -38,7 +38,8 @@ class Vector:
     Attributes:
         broadcasts: not each of its operands is dense.
         where: constants of the specialisations that must, others being for other layouts.
-        tiled: tiles are as small as what is reduced: those must that fill four warps.
+        tiled: tiles may be small, and shared by more threads where operands are many: those must
+            that have 16 bytes for each.
     """
 
     reason: str
@@ -52,7 +53,7 @@ class Vector:
 VECTORISED: dict[str, Vector] = {
     "pointwise_dense": Vector("it does nothing but move memory"),
     "pointwise_strided": Vector(
-        "a broadcast bias must not make the large operand slow", broadcasts=True
+        "a broadcast bias must not make the large operand slow", broadcasts=True, tiled=True
     ),
     "dropout_dense": Vector("its random numbers take no longer than the memory, if that is wide"),
     # Not all of its launches store rows: some are for statistics alone.
@@ -125,11 +126,12 @@ def _faults(specialisation: Specialisation, target: str, code: Code) -> Iterator
 
 
 def _fills_threads(specialisation: Specialisation) -> bool:
-    """Whether a tile has 16 bytes for each of 128 threads, and its rows are of 16 bytes or more."""
+    """Whether a tile has 16 bytes for each thread of four warps or more, and its rows have them."""
     meta = specialisation.description["meta"]
     size = min(getattr(torch, d).itemsize for d in specialisation.dtypes)
     row = size * meta["BLOCK_COLUMNS"]
-    return row >= 16 and row * meta["BLOCK_ROWS"] >= 16 * 128
+    threads = 32 * max(meta.get("num_warps", 4), 4)
+    return row >= 16 and row * meta["BLOCK_ROWS"] >= 16 * threads
 
 
 def compile_for(

@@ -470,7 +470,7 @@ PARTS = 4  # so that no worker is left with minutes of compiling when the others
 def test_every_kernel_compiles_without_spills(
     target: str, part: int, pytestconfig: pytest.Config
 ) -> None:
-    """Of one target of each maker the instructions are looked at, too: that takes as long again."""
+    """Of one target of each maker the instructions are looked at: that takes as long again."""
     every_op = pytestconfig.getoption("every_op")
     wanted = collected(every_op)[part::PARTS]
     listing = target in ("sm_90", "gfx942")
