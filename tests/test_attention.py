@@ -89,6 +89,10 @@ def pairs_of(case: Case) -> set[Any]:
 
 
 CASES = covering()
+SQUARES = [
+    Case(kind, 16, (n, n), "none", (1, 1), "dense")
+    for kind, n in zip(KINDS, (127, 129, 64, 17, 127, 64), strict=True)
+]
 
 
 def test_any_two_values_meet() -> None:
@@ -156,7 +160,9 @@ def assert_near(actual: Any, expected: Any, what: str) -> None:
         assert error <= 1e-7 * size, f"{what}: {error:.2g} of {size:.2g}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)).replace(" ", ""))
+@pytest.mark.parametrize(
+    "case", CASES + SQUARES, ids=lambda c: "-".join(map(str, c)).replace(" ", "")
+)
 def test_derivatives_are_finite_differences(case: Case) -> None:
     """In float64: value, gradient, forward mode, and each over the other and itself."""
     assert launched_by(lambda: check_differences(case)) >= FORWARD | TANGENT | GRADIENT | SECOND
