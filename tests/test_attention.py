@@ -494,11 +494,8 @@ MACHINE_CODE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("dtype", "size"), MACHINE_CODE, ids=str)
-def test_machine_code(dtype: torch.dtype, size: int, pytestconfig: pytest.Config) -> None:
-    """wgmma in every product of half precision, and no spill on sm_90 but for what is recorded."""
-    if (dtype, size) != MACHINE_CODE[0] and not pytestconfig.getoption("every_op"):
-        pytest.skip("half a minute of compiling: with --every-op")
+def kernels_of(dtype: torch.dtype, size: int) -> dict[str, Specialisation]:
+    """The kernels of all four sets as they are launched for heads of ``size``."""
     q = torch.zeros(4, 16, 2048, size, dtype=dtype)
     lse = torch.zeros(4, 16, 2048, dtype=COMPUTE_DTYPE[dtype])
     options, x = launcher.Options(up=0), launcher.Inputs(q, q, q)
@@ -516,6 +513,15 @@ def test_machine_code(dtype: torch.dtype, size: int, pytestconfig: pytest.Config
         launcher.second(options, x, needs, q, None, q, lse, tangents, q, lse)
     kernels = {s.kernel: s for s in wanted}
     assert len(kernels) == 7
+    return kernels
+
+
+@pytest.mark.parametrize(("dtype", "size"), MACHINE_CODE, ids=str)
+def test_machine_code(dtype: torch.dtype, size: int, pytestconfig: pytest.Config) -> None:
+    """wgmma in every product of half precision, and no spill on sm_90 but for what is recorded."""
+    if (dtype, size) != MACHINE_CODE[0] and not pytestconfig.getoption("every_op"):
+        pytest.skip("half a minute of compiling: with --every-op")
+    kernels = kernels_of(dtype, size)
     name, half = str(dtype).removeprefix("torch."), dtype.itemsize == 2
     found = {}
     for row in static.compile_for(list(kernels.values()), ["sm_90"], 1, make_console()):
@@ -525,3 +531,19 @@ def test_machine_code(dtype: torch.dtype, size: int, pytestconfig: pytest.Config
         assert {*row.code.tensor_core} == products or not half, row
     recorded = {kernel: SPILLS.get((kernel, name, size), 0) for kernel in kernels}
     assert found == recorded
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_shared_memory_of_amd(
+    size: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    """Programs get the 64 KiB that a gfx942 has; more, and the launch would fail."""
+    monkeypatch.setattr(launcher, "MOST_STAGES", 2)
+    kernels = kernels_of(torch.bfloat16, size)
+    if not pytestconfig.getoption("every_op"):
+        if size != 128:
+            pytest.skip("half a minute of compiling: with --every-op")
+        kernels = {"attention_fwd": kernels["attention_fwd"]}
+    for row in static.compile_for(list(kernels.values()), ["gfx942"], 1, make_console(), False):
+        assert row.code is not None, row.faults
+        assert row.code.shared_bytes <= 64 * 1024, row

@@ -277,7 +277,7 @@ def test_ptxas_log() -> None:
 def test_unreadable_listing_raises() -> None:
     with pytest.raises(ValueError, match="resource usage"):
         disassembly.parse_usage("cuobjdump info: nothing here")
-    with pytest.raises(ValueError, match="vgpr_count"):
+    with pytest.raises(ValueError, match="private_segment_fixed_size"):
         disassembly.parse_amdgcn("s_endpgm", 0)
 
 

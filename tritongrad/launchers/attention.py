@@ -108,6 +108,9 @@ _FLOAT32 = _FLOAT64 | {
     "second_q": (_MANY, _MANY, _MANY),
 }
 
+# AMD's have 64 KiB of shared memory for a program: two copies ahead are too many there.
+MOST_STAGES = 2 if torch.version.hip else 4
+
 # Programs that keep a GPU busy: with fewer, smaller blocks.
 FILL = 128
 
@@ -124,7 +127,7 @@ def blocks(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int], m
     other = min(other, max(next_power_of_two(max(other_length, 1)) // 2, 16))
     m, n = (other, own) if kind.endswith("kv") else (own, other)
     whole = (m, n) == (found.m, found.n) or m * n >= 64 * 64
-    return Blocks(m, n, found.warps if whole else 4, found.stages)
+    return Blocks(m, n, found.warps if whole else 4, min(found.stages, MOST_STAGES))
 
 
 class Problem:
