@@ -223,11 +223,16 @@ def make_table(collection: Collection, options: argparse.Namespace, console: Con
 
 
 def compare_with(collection: Collection, options: argparse.Namespace, console: Console) -> int:
-    """Compare what was collected with the table. Returns 1 where something got worse, or the table
-    is out of date."""
-    table = baseline.read(options.against)
+    """Compare what was collected with the table. Returns 1 where something got worse, the table is
+    out of date, or it has no row of the ops that were asked for."""
+    table = every = baseline.read(options.against)
     if options.only:
-        table = {kind: entry for kind, entry in table.items() if entry.op in options.only}
+        table = {kind: entry for kind, entry in every.items() if entry.op in options.only}
+    if not table:
+        kinds = every.keys() & {baseline.kind_of(s) for s in collection.specialisations}
+        others = sorted({every[kind].op for kind in kinds})
+        console.print(f"nothing to compare: what they launch has its rows under {others}")
+        return 1
     wanted = [
         s
         for s in collection.specialisations

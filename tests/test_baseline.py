@@ -114,6 +114,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert static.main(["--only", "neg", "--table", str(file)]) == 0
     assert static.main(["--only", "neg", "--against", str(file)]) == 0
     assert "compared, 0 worse; 0 out of date" in capsys.readouterr().out
+    assert static.main(["--only", "abs", "--against", str(file)]) == 1
+    assert "its rows under ['neg']" in capsys.readouterr().out
     table = baseline.read(file)
     kind = next(iter(table))
     worse = table[kind]._replace(wide_loads=table[kind].wide_loads + 1)

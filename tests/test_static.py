@@ -421,7 +421,7 @@ def test_multiplication_compiles_and_vectorises(tmp_path: Path) -> None:
 
 
 ELSEWHERE = {"scaled_dot_product_attention", "attention"}
-"""Ops of kernels that take minutes to compile in all tiles: of each one is in test_attention.py."""
+"""Ops of kernels that take minutes to compile in all tiles: test_attention_code.py has some."""
 
 
 @functools.cache

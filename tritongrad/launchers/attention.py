@@ -98,7 +98,7 @@ _HALF: dict[str, _Rows] = {
     "mask": ((64, 64, 4, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
 }
 # No tensor core multiplies float32 exactly, and registers hold half or a quarter as many. Twice the
-# warps where four spill more, counted on sm_90; what spills all the same is in test_attention.py.
+# warps where four spill more, counted on sm_90; what spills is in test_attention_code.py.
 _SQUARE, _FEW, _MANY = (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)
 _FLOAT64: dict[str, _Rows] = dict.fromkeys(_HALF, (_FEW, _FEW, _FEW))
 _FLOAT32 = _FLOAT64 | {
