@@ -8,9 +8,10 @@ interpreter calls is replaced.
 
 While a kernel runs, functions of ``triton.language`` are replaced by its own. It looks for them
 among all members of five namespaces, and does so again for each call of a device function within
-the kernel, which is more than half of the time of a small kernel. What it finds is always the same,
-so it is found once, and put in place once a launch. Types of blocks are made once, too, as are
-signatures of kernels, types of numbers and pointers, and numpy's types. Together: half of the time.
+the kernel. What it finds is always the same, so it is found once, when the first kernel is
+launched, and stays in place: to put a class back makes Python forget what it knows of it. Types of
+blocks are made once, too, as are signatures of kernels, types of numbers and pointers, and numpy's
+types. What an operation costs is in _operations.py. Together: four fifths of the time.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from . import _operations
 
 
 def _widened(bits: Any) -> Any:
@@ -56,65 +61,45 @@ def correct_bfloat16() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
-Change = tuple[Any, str, Any, Any]
-"""What is replaced: owner, name, what was there, and what takes its place."""
+def _with_semantic(builtin: Any) -> Any:
+    """A function of the language as kernels call it: all that it lacks is what it computes with."""
+    function = getattr(builtin, "__wrapped__", builtin)
+    semantic = interpreter.interpreter_semantic
+
+    def call(*args: Any, _semantic: Any = None, **named: Any) -> Any:
+        return function(*args, _semantic=semantic, **named)
+
+    return call
 
 
 class _Replacements:
-    """``_patch_lang`` of the interpreter, which remembers what it found.
+    """``_patch_lang`` of the interpreter, done once, and the scope that a launch ends."""
 
-    It is the scope, too, that a launch restores at its end. Device functions within the launch find
-    theirs in place, or add what is for a module that the kernel itself does not see.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, operators: dict[str, Any]) -> None:
         self._find = interpreter._patch_lang
-        self._missing = interpreter._MISSING
-        self._known: dict[tuple[Any, ...], list[Change]] = {}
-        self._modules: dict[Any, tuple[Any, ...]] = {}
-        self._active: dict[tuple[Any, ...], list[Change]] = {}
+        self._operators = operators
+        self._done = False
 
     def __call__(self, fn: Any) -> _Replacements:
-        modules = self._modules.get(fn)
-        if modules is None:
-            seen = [m for m in (tl, tl.core) if any(v is m for v in fn.__globals__.values())]
-            modules = self._modules[fn] = tuple(seen)
-        if modules not in self._active:
-            if modules not in self._known:
-                self._known[modules] = self._discover(fn)
-            self._put(modules, self._known[modules])
+        if not self._done:
+            self._done = True
+            sees_all = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+            # Some it replaces twice, and the last is to stay.
+            last = {(change[0], change[1]): change[2] for change in self._find(sees_all)._changes}
+            for (owner, name), old in last.items():
+                if tl.core.is_builtin(old):
+                    setattr(owner, name, _with_semantic(old))
+            for name, operator in self._operators.items():
+                setattr(tl.tensor, name, operator)
         return self
 
-    def _put(self, modules: tuple[Any, ...], changes: list[Change]) -> None:
-        self._active[modules] = changes
-        for owner, name, _, new in changes:
-            setattr(owner, name, new)
-
-    def _discover(self, fn: Any) -> list[Change]:
-        """Seen from a clean state, to which a launch in progress is put back meanwhile."""
-        others = dict(self._active)
-        self.restore()
-        found = self._find(fn)
-        changes = [(owner, name, old, getattr(owner, name)) for owner, name, old in found._changes]
-        found.restore()
-        for modules, put in others.items():
-            self._put(modules, put)
-        return changes
-
     def restore(self) -> None:
-        """End of a launch."""
-        for changes in reversed(self._active.values()):
-            for owner, name, old, _ in reversed(changes):
-                if old is not self._missing:
-                    setattr(owner, name, old)
-                elif name in vars(owner):
-                    delattr(owner, name)
-        self._active.clear()
+        """Nothing: where kernels are interpreted, all are, and the next one is soon to come."""
 
 
 def _remember_types() -> None:
     """Make types of blocks and what a tensor knows of its type once: an operation makes several of
-    both, and they are never changed."""
+    both, and they are never changed. ``sizes`` of a type are its shape as a tuple of Python's."""
     make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
     types: dict[Any, dict[str, Any]] = {}
 
@@ -125,18 +110,21 @@ def _remember_types() -> None:
         known = types.get(key)
         if known is None:
             make_type(self, element_ty, shape)
-            known = types[key] = vars(self) | {"_of_tensors": {}}
+            known = types[key] = vars(self) | {"_of_tensors": {}, "sizes": tuple(sizes)}
         vars(self).update(known)
+
+    one = tl.constexpr(1)
 
     def tensor(self: Any, handle: Any, type: Any) -> None:
         known = getattr(type, "_of_tensors", None)
-        if not known:
+        if known is None:
+            self.shape, self.numel, self.type, self.dtype = (), one, type, type.scalar
+        elif known:
+            vars(self).update(known)
+        else:
             make_tensor(self, handle, type)
-            if known is not None:
-                known.update(vars(self))
-                del known["handle"]
-            return
-        vars(self).update(known)
+            known.update(vars(self))
+            del known["handle"]
         self.handle = handle
 
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
@@ -199,6 +187,22 @@ class _Inspect:
         return getattr(inspect, name)
 
 
+def _remember_constants() -> None:
+    """Which arguments of a kernel are constants, of which it reads the annotations at a launch."""
+    make = interpreter.GridExecutor.__init__
+    constants: dict[Any, list[str]] = {}
+
+    def init(self: Any, fn: Any, arg_names: Any, grid: Any, pre_run_hooks: Any = ()) -> None:
+        if fn in constants:
+            self.fn, self.arg_names, self.grid = fn, arg_names, grid
+            self.pre_run_hooks, self.constexprs = pre_run_hooks, constants[fn]
+        else:
+            make(self, fn, arg_names, grid, pre_run_hooks)
+            constants[fn] = self.constexprs
+
+    interpreter.GridExecutor.__init__ = init
+
+
 def _leave_host_memory_alone() -> None:
     """Tensors of the CPU are where the interpreter reads and writes them; it makes others of the
     same memory, and copies that to itself."""
@@ -227,12 +231,15 @@ def quicken() -> None:
     _remember_types()
     _remember_numpy_types()
     _remember_types_of_arguments()
+    _remember_constants()
     _leave_host_memory_alone()
+    if known := triton.__version__.startswith("3.7."):
+        _operations.quicken()
     interpreter.inspect = _Inspect()
     # It compares the size of what it has just made with that of its type.
     TensorHandle.__post_init__ = lambda self: None
     if hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_MISSING"):
-        interpreter._patch_lang = _Replacements()
+        interpreter._patch_lang = _Replacements(_operations.operators() if known else {})
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         # Then it computes of each sum and product of integers whether it overflows, and looks at
