@@ -23,6 +23,11 @@ from tritongrad.runtime import INTERPRETED
 hypothesis.settings.register_profile("tritongrad", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("tritongrad")
 
+for absent in (torch.cuda, torch.xpu):
+    if not absent.is_available():
+        # It would keep the seed for a device to come, with the text of the caller's stack.
+        absent.manual_seed_all = lambda seed: None
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -61,7 +66,8 @@ def leave_out_repetitions(config: pytest.Config, items: list[pytest.Item]) -> No
         if item.get_closest_marker("mechanism") and item.callspec.params["name"] not in chosen
     ]
     config.hook.pytest_deselected(items=repeated)
-    items[:] = [item for item in items if item not in set(repeated)]
+    left_out = set(repeated)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -26,7 +26,9 @@ from support import (
     terms,
 )
 from torch import Tensor
+from torch.testing._internal import common_utils
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo import core
 from torch.testing._internal.opinfo.core import OpInfo
 
 import tritongrad
@@ -38,6 +40,9 @@ from tritongrad.runtime import Session
 from tritongrad.sampling import Sample
 
 F = torch.nn.functional
+
+# With each sample they look for a test of unittest's, in the source of every caller.
+common_utils.extract_test_fn = core.extract_test_fn = lambda: None
 
 # torch's, of a rank that it will understand in another way.
 pytestmark = pytest.mark.filterwarnings("ignore:dropout2d. Received a 3D input:UserWarning")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import fcntl
 import importlib.util
 import json
+import os
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -424,8 +426,7 @@ ELSEWHERE = {"scaled_dot_product_attention", "attention"}
 """Ops of kernels that take minutes to compile in all tiles: test_attention_code.py has some."""
 
 
-@functools.cache
-def collected(every_op: bool) -> list[Specialisation]:
+def collect(every_op: bool) -> list[Specialisation]:
     """Each kernel with each of its flags, in both kinds of dtypes; or also with each of the
     functions of every op. All tiles are for `make static`."""
     ops = {op.kernels: op for op in reversed(OPS.values())}.values()
@@ -443,6 +444,23 @@ def collected(every_op: bool) -> list[Specialisation]:
     return list(specialisations.cover(found, tiles=False, functions=every_op))
 
 
+@pytest.fixture(scope="module")
+def collected(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> list[Specialisation]:
+    """Collected by the first worker of a run, which takes a minute, and read by the others."""
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent
+    kept = run / "specialisations.pickle"
+    with (run / "specialisations.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(collect(pytestconfig.getoption("every_op"))))
+    found: list[Specialisation] = pickle.loads(kept.read_bytes())
+    return found
+
+
 def test_constants_of_kernels_equal_themselves() -> None:
     """At each launch Triton compares them with what it compiled, and raises where they differ: so
     NaN is written out where it is used."""
@@ -457,9 +475,9 @@ def test_constants_of_kernels_equal_themselves() -> None:
     assert [name for name, value in constants.items() if value != value] == []
 
 
-def test_every_kernel_is_collected() -> None:
+def test_every_kernel_is_collected(collected: list[Specialisation]) -> None:
     named = {k for op in OPS.values() if op.name not in ELSEWHERE for k in op.kernels}
-    assert {s.kernel for s in collected(False)} >= named
+    assert {s.kernel for s in collected} >= named
 
 
 PARTS = 4  # so that no worker is left with minutes of compiling when the others have finished
@@ -468,11 +486,10 @@ PARTS = 4  # so that no worker is left with minutes of compiling when the others
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", disassembly.TARGETS)
 def test_every_kernel_compiles_without_spills(
-    target: str, part: int, pytestconfig: pytest.Config
+    collected: list[Specialisation], target: str, part: int
 ) -> None:
     """Of one target of each maker the instructions are looked at: that takes as long again."""
-    every_op = pytestconfig.getoption("every_op")
-    wanted = collected(every_op)[part::PARTS]
+    wanted = collected[part::PARTS]
     listing = target in ("sm_90", "gfx942")
     if not listing:
         chosen = representatives()
