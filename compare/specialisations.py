@@ -205,9 +205,9 @@ def sizes(dtype: torch.dtype) -> Iterator[Resized]:
     yield Resized(dtype, device, 64, 64, shifted=True)
 
 
-def exercise(op: Op, sample: Sample) -> None:
+def exercise(op: Op, sample: Sample, apart: bool = False) -> None:
     """Call ``op`` in every way that launches kernels: without and with gradients, twice
-    differentiated, and in forward mode."""
+    differentiated, and in forward mode; ``apart``, also with the gradient of each input alone."""
     with torch.no_grad():
         op(*sample.args, **sample.kwargs)
     inputs = [t for t in tensors(sample) if t.requires_grad]
@@ -236,6 +236,20 @@ def exercise(op: Op, sample: Sample) -> None:
             return value
 
         op(*map(dual, sample.args), **{name: dual(v) for name, v in sample.kwargs.items()})
+    for only in inputs if apart and len(inputs) > 1 else ():
+        exercise(op, _with_gradient_of(only, sample))
+
+
+def _with_gradient_of(only: Tensor, sample: Sample) -> Sample:
+    """``sample``, of which no other tensor requires a gradient."""
+
+    def constant(value: Any) -> Any:
+        if isinstance(value, Tensor) and value is not only:
+            return value.detach()
+        return type(value)(map(constant, value)) if type(value) in (list, tuple) else value
+
+    kwargs = {name: constant(value) for name, value in sample.kwargs.items()}
+    return Sample(constant(sample.args), kwargs, sample.note)
 
 
 def _differentiable(outputs: Any) -> list[Tensor]:
@@ -308,7 +322,7 @@ class Collection:
                     if make.resizes and not modest(op, sample):
                         continue
                     try:
-                        exercise(op, sample)
+                        exercise(op, sample, apart=not make.resizes)
                     except Exception as error:
                         # Resized, a call may contradict its arguments that are plain numbers.
                         if not make.resizes:
@@ -351,7 +365,7 @@ def cover(
         elif functions:
             keys = {json.dumps([specialisation.kernel, called or tile])}
         else:
-            flags = {name: value for name, value in meta.items() if isinstance(value, bool)}
+            flags = {name: v for name, v in meta.items() if v is None or isinstance(v, bool)}
             keys = {json.dumps([*about, flags])}
         if keys - seen:
             seen |= keys

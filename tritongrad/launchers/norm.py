@@ -296,7 +296,7 @@ def bias_gradient(g: Tensor, axes: int, dtype: torch.dtype) -> Tensor:
     """That of the bias alone, which needs nothing but g."""
     if not g.numel():
         return g.new_zeros(g.shape[g.dim() - axes :], dtype=dtype)
-    (found,) = _over_rows(ONE, (g,), axes, COMPUTE_DTYPE[g.dtype], (dtype,))
+    (found,) = _over_rows(SUM, (g,), axes, COMPUTE_DTYPE[g.dtype], (dtype,))
     assert found is not None
     return found
 
