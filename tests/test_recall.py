@@ -234,6 +234,41 @@ def test_not_recognised_under_transforms() -> None:
     assert reader.knows(X, Y)
 
 
+def test_says_whether_to_record() -> None:
+    """As torch does: where a tensor asks for it and grad mode is on, whatever came before."""
+    wanted, constant = X.clone().requires_grad_(), X.clone()
+    reader = Reader()
+    recognise = reader.recall.recognise  # type: ignore[attr-defined]
+
+    def asks(*tensors: Tensor) -> bool:
+        reader.recall(*tensors)
+        bound, _, found = recognise(tensors, {})
+        assert bound is not None
+        return found
+
+    for _ in range(2):
+        assert asks(wanted, constant)
+        assert asks(constant, wanted)
+        assert not asks(constant, constant)
+        with torch.no_grad():
+            assert not asks(wanted, constant)
+            assert not tritongrad.mm(wanted, constant.mT).requires_grad
+        assert tritongrad.mm(wanted, constant.mT).requires_grad
+
+
+def test_autocast_has_its_say() -> None:
+    """What was read under autocast is not for a call that has not been cast."""
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        half = X.to(dtype)
+        for _ in range(2):
+            with torch.autocast(DEVICE.type, dtype):
+                assert tritongrad.mm(X, Y.mT).dtype is dtype
+                assert tritongrad.mm(half, half.mT).dtype is dtype
+                assert tritongrad.mm(X.bfloat16(), X.half().mT).dtype is dtype
+            assert tritongrad.mm(X, Y.mT).dtype is torch.float32
+            assert tritongrad.mm(half, half.mT).dtype is dtype
+
+
 def test_ambient_state() -> None:
     state = [1]
     reader = Reader(lambda: state[0])

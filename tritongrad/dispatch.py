@@ -59,6 +59,23 @@ def dispatch(
 ) -> Any:
     """Run ``func(*args, **kwargs)`` on ``op`` if it can and ``policy`` has it so, else on torch.
     Our modes are out of the way already."""
+    recognise = getattr(bind, "recognise", None)
+    if recognise is not None and op.look is None:
+        # A call like an earlier one: nothing that is asked below can have another answer.
+        tensors, params, asks = recognise(args, kwargs)
+        if tensors is not None and (policy is None or policy.allows(op, tensors)):
+            if session is not None:
+                session._count_run(op.name)
+            call = op.forward
+            if call is None:
+                result = compose(op, params, tensors)
+            else:
+                if op.differentiable and (asks or forward_ad._current_level >= 0):
+                    call = op.recorded
+                result = call(params, *tensors)
+                if type(result) is tuple and len(result) > op.outputs:
+                    result = result[0] if op.outputs == 1 else result[: op.outputs]
+            return result if op.returns is None else op.returns(result)
     try:
         if _dispatch_modes() or _is_tracing():
             # Tracers and fake tensors must see ATen operators, not our launches.
@@ -230,17 +247,16 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
     if call is None:
         return compose(op, params, tensors)
     if transforming():
-        result = op.function.apply(params, *tensors)
-    else:
-        if op.differentiable:
-            if forward_ad._current_level >= 0:
-                call = op.recorded
-            elif _grad_enabled():
-                for t in tensors:
-                    if t is not None and t.requires_grad:
-                        call = op.recorded
-                        break
-        result = call(params, *tensors)
+        call = op.function.apply
+    elif op.differentiable:
+        if forward_ad._current_level >= 0:
+            call = op.recorded
+        elif _grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    call = op.recorded
+                    break
+    result = call(params, *tensors)
     if type(result) is tuple and len(result) > op.outputs and not everything:
         return result[0] if op.outputs == 1 else result[: op.outputs]
     return result

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,32 @@ _VALUES = frozenset((int, bool, str, type(None), torch.dtype))
 
 Ambient = Callable[[], Any]
 Pick = Callable[[list[Any]], Tensors]
+Recognised = tuple[Any, Any, Any]
+
+_UNREADABLE: Recognised = (None, None, None)
+_grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+class Known(NamedTuple):
+    """What a call was read as.
+
+    Attributes:
+        same: whether tensors are like those of the call.
+        pick: the tensors that it was bound to, of its own.
+        state, before: the ambient state, and what it was.
+        asks: whether a derivative is to be recorded, as far as torch's grad mode is concerned.
+        plain: whether autocast was off. Then it is for whatever is recognised, for it changes the
+            dispatch keys of tensors that it casts.
+    """
+
+    same: Callable[..., bool]
+    pick: Pick
+    params: Any
+    state: Ambient | None
+    before: Any
+    asks: bool
+    plain: bool
 
 
 def _described(value: Any, tensors: list[Any], key: list[Any]) -> bool:
@@ -46,14 +72,14 @@ def _described(value: Any, tensors: list[Any], key: list[Any]) -> bool:
         key.append(kind)
         key.append(value or str(value))  # 0.0 == -0.0
         return True
-    if kind is not tuple and kind is not list:
+    if kind is not tuple and kind is not list and kind is not torch.Size:
         return False
     key.append(kind)
     key.append(len(value))
     for part in value:
         own = type(part)
         if own in PLAIN_TYPES:
-            key.append(part.shape)
+            key.append(own)
             tensors.append(part)
         elif own in _VALUES:
             key.append(own)  # True is not 1
@@ -83,46 +109,79 @@ def remembering(
     """
     if TensorGuards is None:
         return bind
-    known: dict[Any, tuple[Callable[..., bool], Pick, Any, Ambient | None, Any]] = {}
+    known: dict[Any, Known] = {}  # of signature and shapes
+    latest: dict[Any, Known] = {}  # of signature
 
-    @functools.wraps(bind)
-    def recall(*args: Any, **kwargs: Any) -> tuple[Tensors, Any]:
+    def recognise(args: tuple, kwargs: dict[str, Any], plain: bool = True) -> Recognised:
+        """The tensors and parameters that the call is bound to, and whether it asks for a
+        derivative; or None, the call's signature and its tensors, as far as there is one.
+
+        Args:
+            plain: only what was remembered outside of autocast. Then this alone says that no
+                transform, tracer, dispatch mode or autocast has a part in the call.
+        """
         tensors: list[Any] = []
-        key: list[Any] = [len(args)]
+        key: list[Any] = [len(args), _grad_enabled()]
         for value in args if not kwargs else (*args, *kwargs, *kwargs.values()):
             kind = type(value)
             if kind in PLAIN_TYPES:
-                try:
-                    key.append(value.shape)
-                except RuntimeError:  # a nested tensor has none
-                    return bind(*args, **kwargs)
+                key.append(kind)
                 tensors.append(value)
             elif kind in _VALUES:
                 key.append(kind)
                 key.append(value)
             elif not _described(value, tensors, key):
-                return bind(*args, **kwargs)
+                return _UNREADABLE
         signature = tuple(key)
-        found = known.get(signature)
-        if found is not None:
-            same, pick, params, state, before = found
-            if same(*tensors) and (state is None or state() == before):
-                tensors.append(None)
-                return pick(tensors), params
+        found = latest.get(signature)
+        if found is None:
+            return None, signature, tensors
+        if not found.same(*tensors):
+            # The latest shapes are the likeliest, and sooner compared than looked up.
+            found = known.get((signature, _shapes(tensors)))
+            if found is None or not found.same(*tensors):
+                return None, signature, tensors
+            latest[signature] = found
+        if plain > found.plain or (found.state is not None and found.state() != found.before):
+            return None, signature, tensors
+        tensors.append(None)
+        return found.pick(tensors), found.params, found.asks
+
+    @functools.wraps(bind)
+    def recall(*args: Any, **kwargs: Any) -> tuple[Tensors, Any]:
+        recognised, signature, tensors = recognise(args, kwargs, False)
+        if recognised is not None:
+            return recognised, signature
         args, kwargs = _own(args), {name: _own(value) for name, value in kwargs.items()}
         bound, params = bind(*args, **kwargs)
-        order = None if transforming() else _order(tensors, bound)
-        if order is not None:
-            if len(known) >= MOST:
-                known.clear()
-            if prepare is not None:
-                params = prepare(params, *bound)
-            state = ambient if all(t.dtype in FLOATING for t in tensors) else _state_of(ambient)
-            guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            known[signature] = guards.check, order, params, state, state and state()
+        if not tensors or transforming():  # by the tensors alone is the thread's state known
+            return bound, params
+        shapes, order = _shapes(tensors), _order(tensors, bound)
+        if shapes is None or order is None:
+            return bound, params
+        if len(known) >= MOST:
+            known.clear()
+            latest.clear()
+        if prepare is not None:
+            params = prepare(params, *bound)
+        state = ambient if all(t.dtype in FLOATING for t in tensors) else _state_of(ambient)
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        asks = _grad_enabled() and any(t is not None and t.requires_grad for t in bound)
+        found = Known(
+            guards.check, order, params, state, state and state(), asks, not _any_autocast()
+        )
+        known[signature, shapes] = latest[signature] = found
         return bound, params
 
+    recall.recognise = recognise  # type: ignore[attr-defined]
     return recall
+
+
+def _shapes(tensors: list[Any]) -> tuple[torch.Size, ...] | None:
+    try:
+        return tuple([t.shape for t in tensors])
+    except RuntimeError:  # a nested tensor has none
+        return None
 
 
 def _order(tensors: list[Any], bound: Tensors) -> Pick | None:
