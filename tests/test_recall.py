@@ -59,12 +59,13 @@ def test_recognised(swap: bool) -> None:
     assert last is None
 
 
-def test_several_shapes_remembered() -> None:
+def test_several_forms_remembered() -> None:
+    forms = (Y, Y[:1], Y[0], Y.half(), Y.t().contiguous().t(), Y.clone().requires_grad_())
     reader = Reader()
     for _ in range(2):
-        for second in (Y, Y[:1], Y[0]):
+        for second in forms:
             reader.recall(X, second)
-    assert reader.reads == 3
+    assert reader.reads == len(forms)
 
 
 OTHERS: dict[str, tuple[tuple, dict[str, Any]]] = {

@@ -31,6 +31,11 @@ _is_tracing = torch._C._is_tracing
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
+_out_of_sight = torch._C.DisableTorchFunction
+_all_disabled = torch._C._is_torch_function_all_disabled
+_function_state = torch._C._get_torch_function_state  # type: ignore[attr-defined]
+_set_function_state = torch._C._set_torch_function_state  # type: ignore[attr-defined]
+_ENABLED: Any = torch._C._TorchFunctionState.ENABLED  # type: ignore[attr-defined]
 
 
 def entry(op: Op, bind: Bind, func: Function) -> Function:
@@ -247,8 +252,8 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
     if call is None:
         return compose(op, params, tensors)
     if transforming():
-        call = op.function.apply
-    elif op.differentiable:
+        return shown(op, op.function.apply(params, *tensors), everything)
+    if op.differentiable:
         if forward_ad._current_level >= 0:
             call = op.recorded
         elif _grad_enabled():
@@ -256,7 +261,18 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
                 if t is not None and t.requires_grad:
                     call = op.recorded
                     break
-    result = call(params, *tensors)
+    if _function_modes() and forward_ad._current_level < 0:
+        # A mode would be shown each of a launcher's looks at a tensor. Not where a derivative may
+        # be evaluated in the call.
+        with _out_of_sight():
+            result = call(params, *tensors)
+    else:
+        result = call(params, *tensors)
+    return shown(op, result, everything)
+
+
+def shown(op: Op, result: Any, everything: bool) -> Any:
+    """Of what a call gave, the public outputs, or ``everything``."""
     if type(result) is tuple and len(result) > op.outputs and not everything:
         return result[0] if op.outputs == 1 else result[: op.outputs]
     return result
@@ -296,10 +312,14 @@ class rules(TorchFunctionMode):
 
     def __enter__(self) -> rules:
         self.previous, local.bypass = local.bypass, 0
+        self.state = _function_state()
+        if _all_disabled():
+            _set_function_state(_ENABLED)
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        _set_function_state(self.state)
         local.bypass = self.previous
 
     def __torch_function__(

@@ -8,6 +8,7 @@ deciding, and the output is dense in that order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from torch import Tensor
 Strides = tuple[int, ...]
 
 INT32_MAX = 2**31 - 1
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty``, contiguous, in less than half of its time: of torch's allocators the
+    strided ones have the least overhead."""
+    if dtype is None or dtype is like.dtype:
+        return like.new_empty_strided(shape, row_major(shape))
+    return like.new_empty_strided(shape, row_major(shape), dtype=dtype)
 
 
 def broadcast_shape(tensors: Sequence[Tensor]) -> torch.Size:
@@ -99,6 +108,7 @@ def dense_strides(shape: Sequence[int], order: Sequence[int]) -> Strides:
     return tuple(strides)
 
 
+@lru_cache(maxsize=4096)
 def row_major(shape: Sequence[int]) -> Strides:
     """Strides of a contiguous tensor."""
     return dense_strides(shape, range(len(shape) - 1, -1, -1))

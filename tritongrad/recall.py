@@ -99,8 +99,8 @@ def _own(value: Any) -> Any:
 def remembering(
     bind: Bind, ambient: Ambient | None, prepare: Callable[..., Any] | None = None
 ) -> Bind:
-    """``bind``, which remembers what calls were read as: the last of each choice of shapes and of
-    other arguments.
+    """``bind``, which remembers what calls were read as: the last of each choice of shapes,
+    strides, dtypes and other arguments.
 
     Args:
         ambient: what ``bind`` depends on beside its arguments. On tensors' values it must not,
@@ -109,7 +109,7 @@ def remembering(
     """
     if TensorGuards is None:
         return bind
-    known: dict[Any, Known] = {}  # of signature and shapes
+    known: dict[Any, Known] = {}  # of signature and forms
     latest: dict[Any, Known] = {}  # of signature
 
     def recognise(args: tuple, kwargs: dict[str, Any], plain: bool = True) -> Recognised:
@@ -137,8 +137,8 @@ def remembering(
         if found is None:
             return None, signature, tensors
         if not found.same(*tensors):
-            # The latest shapes are the likeliest, and sooner compared than looked up.
-            found = known.get((signature, _shapes(tensors)))
+            # The latest forms are the likeliest, and sooner compared than looked up.
+            found = known.get((signature, _forms(tensors)))
             if found is None or not found.same(*tensors):
                 return None, signature, tensors
             latest[signature] = found
@@ -156,8 +156,8 @@ def remembering(
         bound, params = bind(*args, **kwargs)
         if not tensors or transforming():  # by the tensors alone is the thread's state known
             return bound, params
-        shapes, order = _shapes(tensors), _order(tensors, bound)
-        if shapes is None or order is None:
+        forms, order = _forms(tensors), _order(tensors, bound)
+        if forms is None or order is None:
             return bound, params
         if len(known) >= MOST:
             known.clear()
@@ -170,17 +170,18 @@ def remembering(
         found = Known(
             guards.check, order, params, state, state and state(), asks, not _any_autocast()
         )
-        known[signature, shapes] = latest[signature] = found
+        known[signature, forms] = latest[signature] = found
         return bound, params
 
     recall.recognise = recognise  # type: ignore[attr-defined]
     return recall
 
 
-def _shapes(tensors: list[Any]) -> tuple[torch.Size, ...] | None:
+def _forms(tensors: list[Any]) -> Any:
+    """What calls of one signature differ in: cheaper to look up than to read the call again."""
     try:
-        return tuple([t.shape for t in tensors])
-    except RuntimeError:  # a nested tensor has none
+        return tuple([(t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors])
+    except RuntimeError:  # a nested tensor has no shape, a sparse one no strides
         return None
 
 

@@ -14,7 +14,7 @@ from ..dtypes import COMPUTE_DTYPE, TRITON_DTYPE, encode
 from ..kernels import norm as k
 from ..kernels import norm_second as k2
 from ..kernels import reduction as combine
-from ..layout import INT32_MAX, Strides, dense_strides, next_power_of_two, reach
+from ..layout import INT32_MAX, Strides, dense_strides, empty, next_power_of_two, reach
 from ..op import Tensors
 from ..runtime import launch_prepared
 from .reduction import SUM, Reduction, plan_for, processors_of, run_many
@@ -144,10 +144,10 @@ def forward(
         budget //= 1 if weight.numel() <= budget // 2 else 2
     found = _plan(operands, axes, budget, False, centred, compute)
     kept = first.shape[: first.dim() - axes]
-    y = first.new_empty(first.shape) if value else None
-    total = first.new_empty(first.shape) if len(operands) == 2 else None
-    mean = first.new_empty(kept, dtype=compute) if centred else None
-    rstd = first.new_empty(kept, dtype=compute)
+    y = empty(first, first.shape) if value else None
+    total = empty(first, first.shape) if len(operands) == 2 else None
+    mean = empty(first, kept, dtype=compute) if centred else None
+    rstd = empty(first, kept, dtype=compute)
     if found.grid is not None:
         args = (
             y, total, mean, rstd, _dense(weight), _dense(bias), operands, encode(eps, compute),
@@ -193,9 +193,9 @@ def backward(
     if apart:  # then a program need not add up rows, and may hold them after all
         found = _plan(operands, axes, budget, False, centred, compute)
     assert found.grid is not None
-    dx = None if dx_dtype is None else x.new_empty(x.shape, dtype=dx_dtype)
+    dx = None if dx_dtype is None else empty(x, x.shape, dtype=dx_dtype)
     parts = [
-        None if d is None or apart else x.new_empty((*found.grid, *row), dtype=compute)
+        None if d is None or apart else empty(x, (*found.grid, *row), dtype=compute)
         for d in dtypes[1:]
     ]
     if dx is not None or not apart:
@@ -267,9 +267,9 @@ def second(
     if apart:
         found = _plan(operands, axes, k.SECOND, False, centred, compute)
     assert found.grid is not None
-    dg = None if dg_dtype is None else x.new_empty(x.shape, dtype=dg_dtype)
-    dx = None if dx_dtype is None else x.new_empty(x.shape, dtype=dx_dtype)
-    part = x.new_empty((*found.grid, *row), dtype=compute) if sums and not apart else None
+    dg = None if dg_dtype is None else empty(x, x.shape, dtype=dg_dtype)
+    dx = None if dx_dtype is None else empty(x, x.shape, dtype=dx_dtype)
+    part = empty(x, (*found.grid, *row), dtype=compute) if sums and not apart else None
     ev, evx = (torch.empty_like(rstd) if apart else None for _ in range(2))
     args = (
         dg, dx, part, ev, evx, mean, rstd, _dense(weight), _dense(p), _dense(q), operands,

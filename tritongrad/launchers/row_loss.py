@@ -16,6 +16,7 @@ from ..layout import (
     Strides,
     broadcast_sizes,
     collapse,
+    empty,
     next_power_of_two,
     reach,
     strides_as,
@@ -177,8 +178,8 @@ def losses(
     first, compute = operands[0], COMPUTE_DTYPE[result]
     shared = found.parts > 1
     shape = (*found.losses, found.parts) if shared else found.losses
-    out = first.new_empty(shape, dtype=compute if shared else result)
-    sides = tuple([first.new_empty(found.rows, dtype=compute) for _ in range(kept)])
+    out = empty(first, shape, dtype=compute if shared else result)
+    sides = tuple([empty(first, found.rows, dtype=compute) for _ in range(kept)])
     if found.grid is not None:
         args = ((out, *sides), operands, labels, *found.geometry)
         launch_prepared(k.row_loss, found.grid, args, first, found.meta)

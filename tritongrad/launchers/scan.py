@@ -19,6 +19,7 @@ from ..layout import (
     broadcast_sizes,
     collapse,
     dense_strides,
+    empty,
     fastest_first,
     next_power_of_two,
     reach,
@@ -176,7 +177,7 @@ def prepare(
 def run(launch: Launch, operands: tuple[Tensor, ...]) -> Tensor:
     """Scan operands like those that ``launch`` was prepared for; the result is contiguous."""
     shape, plan, kind, dtype = launch
-    out = operands[0].new_empty(shape, dtype=dtype)
+    out = empty(operands[0], shape, dtype=dtype)
     if plan is None:
         return out
     outs = (None,) * (len(kind.identity) - 1) + (out,) if kind.finish is None else (out,)
