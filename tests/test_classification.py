@@ -227,6 +227,51 @@ def test_compiled() -> None:
     torch._dynamo.reset()
 
 
+Reduced = Callable[[Tensor, Tensor, str], Tensor]
+
+
+def negative_likelihood(x: Tensor, target: Tensor, how: str) -> Tensor:
+    """Torch's name, under ``use()``."""
+    return F.nll_loss(x, target, x.detach()[0] ** 2, ignore_index=1, reduction=how)
+
+
+def linear_likelihood(x: Tensor, target: Tensor, how: str) -> Tensor:
+    """Our name: a compiler looks into torch's function, and sees linear and cross_entropy."""
+    weight = x.detach().square()
+    return OPS["linear_cross_entropy"](x, weight, target.remainder(4), reduction=how)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "kernels"),
+    [
+        ("nll_loss", negative_likelihood, {"nll_loss_fwd", "nll_loss_bwd"}),
+        ("linear_cross_entropy", linear_likelihood, {"gemm", "cross_entropy_bwd"}),
+    ],
+)
+def test_compiled_keeps_kernels(name: str, loss: Callable[..., Tensor], kernels: set[str]) -> None:
+    """What backward makes again, of a loss that alone was kept, is what it was."""
+    if name not in OPS:
+        pytest.skip("torch has no linear_cross_entropy before 2.13")
+    seen: set[str] = set()
+    library_ops: set[str] = set()
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls = [node for node in module.graph.nodes if node.op == "call_function"]
+        library_ops.update(str(node.target) for node in calls)
+        return module.forward
+
+    for how in ("mean", "sum", "none"):
+        torch._dynamo.reset()
+        plain = partial(loss, target=labels(4, 5), how=how)
+        with tritongrad.use(), runtime.observe(lambda kernel, *_: seen.add(kernel.fn.__name__)):
+            run = torch.compile(plain, backend=backend, fullgraph=True)
+            found = with_gradient(run, logits(4, 5))
+        assert_same(found, with_gradient(plain, logits(4, 5)))
+    torch._dynamo.reset()
+    assert seen >= kernels
+    assert f"tritongrad.{name}" in library_ops
+
+
 # --------------------------------------------------------------- options that torch has not
 
 ours: Loss = tritongrad.nn.functional.cross_entropy

@@ -168,6 +168,17 @@ def test_kernels_run_in_the_compiled_program() -> None:
     assert len(launches) > forward
 
 
+def test_operators_compile_as_they_are_written() -> None:
+    """Those that torch wraps in Python, of which Dynamo knows no equal in a dictionary."""
+
+    def function(x: Tensor) -> Tensor:
+        return x**2 + 2**x + (2 - x) + 2 / x + x.T**x
+
+    x = affine_inputs()[0][:4].detach() + 3
+    with tritongrad.use():
+        assert_same(compiled(function)(x), function(x))
+
+
 def test_left_out_by_use_is_torchs() -> None:
     with tritongrad.use(exclude="linear"):
         assert not any("tritongrad" in name for name in nodes_of(affine, *affine_inputs()))

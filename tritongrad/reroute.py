@@ -101,10 +101,10 @@ class _Rerouting(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
-            target = TARGETS.get(func)
-            if target is None or not takes(self.names, target[0]):
+            name = _name_of_op(func)
+            if name is None or (self.names is not None and name not in self.names):
                 return func(*args, **kwargs)
-            return library.call(target[0], func, args, kwargs)
+            return library.call(OPS[name], func, args, kwargs)
         if func is _l1_loss and "weight" not in kwargs:
             kwargs = {**kwargs, "weight": _weight_of_caller()}
         if local.bypass:
@@ -150,6 +150,16 @@ def _weight_of_caller() -> Tensor | None:
         return None
     weight: Tensor | None = frame.f_locals["weight"]
     return weight
+
+
+def _name_of_op(func: Any) -> str | None:
+    target = TARGETS.get(func)
+    return None if target is None else target[0].name
+
+
+# Looked up while it is traced: Dynamo would look for functions that torch has wrapped (operators,
+# such as Tensor.__pow__) in vain, and then find that its guard on that fails.
+_name_of_op._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes(names: frozenset[str] | None, op: Op) -> bool:

@@ -249,6 +249,8 @@ def _likelihood_backward(
     scale: Tensor | None = None,
 ) -> Tensor:
     params: Params = bp.params
+    if scale is None and params.averaged:  # compiled code keeps the loss alone
+        scale = _likelihood(params, x, target, weight)[1]
     kept = target.shape
     g = spread(params, g, len(kept)).expand(kept)
     if scale is not None:
@@ -422,6 +424,9 @@ nll_loss: Op = register(
         jvp=_likelihood_moved,
         vmap=vmap_of(lambda: nll_loss),
         autocast=KEPT,
+        schema="(Tensor input, Tensor target, Tensor? weight=None, bool? size_average=None, "
+        'int ignore_index=-100, bool? reduce=None, str reduction="mean") -> Tensor',
+        fake=_like_the_loss,
         opinfo=("nn.functional.nll_loss",),
         kernels=("nll_loss_fwd", "reduce"),
         formula="dx = -g * w at the label, 0 elsewhere",

@@ -103,6 +103,27 @@ def _public(x: Tensor, weight: Tensor) -> torch.Size:
     return torch.Size((*x.shape[:-1], *weight.shape[1:-1]))
 
 
+def _compiles(*args: Any, options: Any = None, **kwargs: Any) -> bool:
+    return options is None
+
+
+def _fake(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    # torch's own makes all logits, of which a compiler sees nothing here.
+    each = reduction == "none"
+    return input.new_empty((*input.shape[:-1], *linear_weight.shape[1:-1]) if each else ())
+
+
 def _forward(
     params: Params, x: Tensor, weight: Tensor, target: Tensor, *rest: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -134,6 +155,8 @@ def _backward_forward(
     *saved: Tensor,
 ) -> Any:
     params: Params = bp.params
+    if not saved:  # compiled code keeps the loss alone
+        saved = _forward(params, x, weight, target, bias, class_weight)[1:]
     found, scale = kept(params, *saved)
     rows = found.top.shape
     factors = _factors(params, x, weight, target, bias, class_weight)
@@ -286,6 +309,13 @@ def _register() -> None:
             backward=linear_cross_entropy_backward,
             jvp=_jvp,
             autocast=KEPT,
+            schema=(
+                "(Tensor input, Tensor linear_weight, Tensor target, *, Tensor? linear_bias=None, "
+                'Tensor? weight=None, str reduction="mean", int? ignore_index=None, '
+                "float label_smoothing=0.0, str? options=None) -> Tensor"
+            ),
+            compiles=_compiles,
+            fake=_fake,
             opinfo=("nn.functional.linear_cross_entropy",),
             kernels=(*GEMM, "cross_entropy_fwd", "reduce"),
             formula="dx = d @ w; dw = d.T @ x; db = sum of d over rows; d = dlogits",
