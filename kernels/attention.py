@@ -63,19 +63,31 @@ def head_of(operand, batch, head, batch_shape):
 
 
 @triton.jit
-def tile(matrix, rows, cols, ROWS, COLS):
-    """A block of a matrix, 0 past its ends; where ROWS or COLS is None, there is no end in it."""
+def tile(matrix, rows, cols, ROWS, COLS, AGAIN: tl.constexpr = False):
+    """A block of a matrix, 0 past its ends; where ROWS or COLS is None, there is no end in it.
+    AGAIN: in every step of a loop."""
     ptr, stride_row, stride_col = matrix
     ptrs = ptr + (rows[:, None] * stride_row + cols[None, :] * stride_col)
     if ROWS is None:
         if COLS is None:
-            return tl.load(ptrs)
+            return tl.load(ptrs, volatile=AGAIN)
         else:
-            return tl.load(ptrs, mask=(cols < COLS)[None, :], other=0)
+            return tl.load(ptrs, mask=(cols < COLS)[None, :], other=0, volatile=AGAIN)
     elif COLS is None:
-        return tl.load(ptrs, mask=(rows < ROWS)[:, None], other=0)
+        return tl.load(ptrs, mask=(rows < ROWS)[:, None], other=0, volatile=AGAIN)
     else:
-        return tl.load(ptrs, mask=(rows < ROWS)[:, None] & (cols < COLS)[None, :], other=0)
+        inside = (rows < ROWS)[:, None] & (cols < COLS)[None, :]
+        return tl.load(ptrs, mask=inside, other=0, volatile=AGAIN)
+
+
+@triton.jit
+def again(block, matrix, rows, cols, ROWS, COLS, LEAN: tl.constexpr):
+    """A block that a program holds through a loop; if LEAN, loaded in every step instead: without
+    tensor cores each thread would hold whole rows of it in registers, which are too few."""
+    if LEAN:
+        return tile(matrix, rows, cols, ROWS, COLS, True)
+    else:
+        return block
 
 
 @triton.jit
@@ -113,9 +125,15 @@ def exponential(x, shift, FAST: tl.constexpr):
 
 
 @triton.jit
+def highest(top):
+    """What to subtract from scores: where all are -inf, anything but that; where one is inf, what
+    leaves it inf, and NaN NaN: lse is inf unless one is NaN."""
+    return tl.where(top == -INF, 0.0, tl.where(top == INF, 1e38, top))
+
+
+@triton.jit
 def finite(lse):
-    """What to subtract from scores: where all are -inf, anything but that; NaN for inf, which makes
-    a row NaN, as torch's is."""
+    """What to subtract from scores once lse is known: NaN for inf, as p is."""
     return tl.where(lse == -INF, 0.0, tl.where(lse == INF, float("nan"), lse))
 
 
@@ -264,8 +282,10 @@ def attention_fwd(
     k = head_of(k, batch, head // group, batch_shape)
     v = head_of(v, batch, head // group, batch_shape)
     mask = head_if(mask, batch, head, batch_shape)
-    queries = tile(head_of(q, batch, head, batch_shape), i, d, L, D)
+    q = head_of(q, batch, head, batch_shape)
+    queries = tile(q, i, d, L, D)
     ACC: tl.constexpr = tl.float64 if queries.dtype == tl.float64 else tl.float32
+    LEAN: tl.constexpr = not FAST and BLOCK_D > 128
     slope = number_of(slopes, batch, head, batch_shape, ACC)
 
     lo, hi, at = seen(i, L, S, down, up, segments)
@@ -288,13 +308,14 @@ def attention_fwd(
             values = tile(v, j, dv, ENDS, DV)
             inside = ((i < L)[:, None] & (j < S)[None, :]) if edges else None
             s, _, _ = scores(
-                product(queries, keys, PRECISION), i[:, None], j[None, :],
-                at[:, None] - j[None, :], mask, slope, scale, softcap, inside,
+                product(again(queries, q, i, d, L, D, LEAN), keys, PRECISION),
+                i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
+                inside,
             )  # fmt: skip
             if edges:
                 s = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), s, -INF)
             before, top = top, tl.maximum(top, tl.max(s, 1), tl.PropagateNan.ALL)
-            shift = finite(top)
+            shift = highest(top)
             p = exponential(s, shift[:, None], FAST)
             rescale = exponential(before, shift, FAST)
             total = total * rescale + tl.sum(p, 1)
@@ -305,20 +326,15 @@ def attention_fwd(
     if sinks is not None:
         sink = number_of(sinks, batch, head, batch_shape, ACC)
         before, top = top, tl.maximum(top, sink, tl.PropagateNan.ALL)
-        shift = finite(top)
+        shift = highest(top)
         rescale = exponential(before, shift, FAST)
         total = total * rescale + exponential(tl.zeros_like(top) + sink, shift, FAST)
         acc *= rescale[:, None]
     total = tl.where(total == 0, 1, total)
-    lse = tl.where(top == INF, top, top + libdevice.log(total))
-    put(
-        head_of(out, batch, head, batch_shape),
-        m.div(acc, tl.zeros_like(acc) + total[:, None]),
-        i,
-        dv,
-        L,
-        DV,
-    )
+    lse = top + libdevice.log(total)
+    total = tl.where(top == INF, float("nan"), total)
+    o = m.div(acc, tl.zeros_like(acc) + total[:, None])
+    put(head_of(out, batch, head, batch_shape), o, i, dv, L, DV)
     tl.store(lse_ptr + matrix * L + i, lse, mask=i < L)
 
 
@@ -343,12 +359,16 @@ def attention_jvp(
     v = head_of(v, batch, head // group, batch_shape)
     mask = head_if(mask, batch, head, batch_shape)
     dmask = head_if(dmask, batch, head, batch_shape)
-    queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
+    q = head_of(q, batch, head, batch_shape)
+    queries = tile(q, i, c, L, D)
     ACC: tl.constexpr = tl.float64 if queries.dtype == tl.float64 else tl.float32
+    LEAN: tl.constexpr = not FAST and BLOCK_D > 64
+    LEANER: tl.constexpr = not FAST and BLOCK_D > 128
     slope = number_of(slopes, batch, head, batch_shape, ACC)
     dslope = number_of(dslopes, batch, head, batch_shape, ACC)
     if dq is not None:
-        dqueries = tile(head_of(dq, batch, head, batch_shape), i, c, L, D)
+        dq = head_of(dq, batch, head, batch_shape)
+        dqueries = tile(dq, i, c, L, D)
     if dk is not None:
         dk = head_of(dk, batch, head // group, batch_shape)
     if dv is not None:
@@ -372,17 +392,19 @@ def attention_jvp(
             keys = tile(k, j, c, ENDS, D)
             inside = ((i < L)[:, None] & (j < S)[None, :]) if edges else None
             s, steep, _ = scores(
-                product(queries, keys, PRECISION), i[:, None], j[None, :],
-                at[:, None] - j[None, :], mask, slope, scale, softcap, inside,
+                product(again(queries, q, i, c, L, D, LEANER), keys, PRECISION),
+                i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
+                inside,
             )  # fmt: skip
             p = exponential(s, lse[:, None], FAST)
             if edges:
                 p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
             t = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if dq is not None:
-                t = dot(dqueries, tl.trans(keys), t, PRECISION)
+                t = dot(again(dqueries, dq, i, c, L, D, LEAN), tl.trans(keys), t, PRECISION)
             if dk is not None:
-                t = dot(queries, tl.trans(tile(dk, j, c, ENDS, D)), t, PRECISION)
+                dkeys = tl.trans(tile(dk, j, c, ENDS, D))
+                t = dot(again(queries, q, i, c, L, D, LEANER), dkeys, t, PRECISION)
             t *= scalar(scale, ACC) * steep
             if dmask is not None:
                 t += addend(dmask, i[:, None], j[None, :], inside).to(ACC)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .attention import (
     addend,
+    again,
     dot,
     exponential,
     finite,
@@ -87,8 +88,9 @@ def attention_bwd_q(
     k = head_of(k, batch, head // group, batch_shape)
     v = head_of(v, batch, head // group, batch_shape)
     mask = head_if(mask, batch, head, batch_shape)
-    queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
-    grads = tile(head_of(g, batch, head, batch_shape), i, cv, L, DV)
+    q, g = head_of(q, batch, head, batch_shape), head_of(g, batch, head, batch_shape)
+    queries, grads = tile(q, i, c, L, D), tile(g, i, cv, L, DV)
+    LEAN: tl.constexpr = not FAST and BLOCK_D > 128
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     slope = number_of(slopes, batch, head, batch_shape, ACC)
     lse = finite(vector(lse_ptr, matrix, i, L))
@@ -114,13 +116,14 @@ def attention_bwd_q(
             values = tile(v, j, cv, ENDS, DV)
             inside = ((i < L)[:, None] & (j < S)[None, :]) if edges else None
             s, steep, _ = scores(
-                product(queries, keys, PRECISION), i[:, None], j[None, :],
-                at[:, None] - j[None, :], mask, slope, scale, softcap, inside,
+                product(again(queries, q, i, c, L, D, LEAN), keys, PRECISION),
+                i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
+                inside,
             )  # fmt: skip
             p = exponential(s, lse[:, None], FAST)
             if edges:
                 p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
-            e = product(grads, values, PRECISION)
+            e = product(again(grads, g, i, cv, L, DV, LEAN), values, PRECISION)
             if seed_ptr is not None:
                 e *= kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
             r = p * (e - delta[:, None])
@@ -152,8 +155,9 @@ def attention_bwd_kv(
     if WIDE:
         j = j.to(tl.int64)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    keys = tile(head_of(k, batch, key_head, batch_shape), j, c, S, D)
-    values = tile(head_of(v, batch, key_head, batch_shape), j, cv, S, DV)
+    k, v = head_of(k, batch, key_head, batch_shape), head_of(v, batch, key_head, batch_shape)
+    keys, values = tile(k, j, c, S, D), tile(v, j, cv, S, DV)
+    LEAN: tl.constexpr = not FAST and BLOCK_D > 128
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
 
     lo, hi, at = seen(j, S, L, up, down, segments)
@@ -181,8 +185,9 @@ def attention_bwd_kv(
                 grads = tile(grads_of, i, cv, ENDS, DV)
                 inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
                 s, steep, _ = scores(
-                    product(keys, queries, PRECISION), i[None, :], j[:, None],
-                    at[:, None] - i[None, :], mask_here, slope, scale, softcap, inside,
+                    product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
+                    i[None, :], j[:, None], at[:, None] - i[None, :],
+                    mask_here, slope, scale, softcap, inside,
                 )  # fmt: skip
                 p = exponential(s, finite(vector(lse_ptr, matrix, i, L))[None, :], FAST)
                 if edges:
@@ -190,7 +195,7 @@ def attention_bwd_kv(
                 if seed_ptr is not None:
                     keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
                 if dk is not None:
-                    e = product(values, grads, PRECISION)
+                    e = product(again(values, v, j, cv, S, DV, LEAN), grads, PRECISION)
                     if seed_ptr is not None:
                         e *= keep
                     r = p * (e - vector(delta_ptr, matrix, i, L)[None, :]) * steep
@@ -214,7 +219,7 @@ def attention_bwd_mask(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """r of a block of the mask, or w where there is a `mu`, summed over all that shares it."""
-    tq, tk, tv, tmask, _, tslopes = tangents
+    tq, tk, tv, tmask, tslopes = tangents[0], tangents[1], tangents[2], tangents[3], tangents[5]
     lse_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
@@ -277,11 +282,11 @@ def attention_bwd_mask(
                 if mu_ptr is not None:
                     t = tl.zeros((BLOCK_M, BLOCK_N), ACC)
                     if tq is not None:
-                        tangents = tile(head_of(tq, batch, head, batch_shape), i, c, L, D)
-                        t = dot(tangents, tl.trans(keys), t, PRECISION)
+                        tqueries = tile(head_of(tq, batch, head, batch_shape), i, c, L, D)
+                        t = dot(tqueries, tl.trans(keys), t, PRECISION)
                     if tk is not None:
-                        tangents = tile(head_of(tk, batch, head // group, batch_shape), j, c, S, D)
-                        t = dot(queries, tl.trans(tangents), t, PRECISION)
+                        tkeys = tile(head_of(tk, batch, head // group, batch_shape), j, c, S, D)
+                        t = dot(queries, tl.trans(tkeys), t, PRECISION)
                     t *= scalar(scale, ACC) * steep
                     if tmask is not None:
                         there = head_if(tmask, batch, head, batch_shape)
@@ -292,10 +297,8 @@ def attention_bwd_mask(
                     x *= t - vector(mu_ptr, matrix, i, L)[:, None]
                     x -= vector(omega_ptr, matrix, i, L)[:, None]
                     if tv is not None:
-                        tangents = tile(
-                            head_of(tv, batch, head // group, batch_shape), j, cv, S, DV
-                        )
-                        f = product(grads, tangents, PRECISION)
+                        tvalues = tile(head_of(tv, batch, head // group, batch_shape), j, cv, S, DV)
+                        f = product(grads, tvalues, PRECISION)
                         if seed_ptr is not None:
                             f *= keep
                         x += f

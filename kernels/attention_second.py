@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .attention import (
     addend,
+    again,
     dot,
     exponential,
     finite,
@@ -49,10 +50,14 @@ def attention_jvp_bwd_q(
     tv = head_if(tv, batch, head // group, batch_shape)
     mask = head_if(mask, batch, head, batch_shape)
     tmask = head_if(tmask, batch, head, batch_shape)
-    queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
-    grads = tile(head_of(g, batch, head, batch_shape), i, cv, L, DV)
+    q = head_of(q, batch, head, batch_shape)
+    g = head_of(g, batch, head, batch_shape)
+    queries, grads = tile(q, i, c, L, D), tile(g, i, cv, L, DV)
+    LEAN: tl.constexpr = not FAST and BLOCK_D > 64
+    LEANER: tl.constexpr = not FAST and BLOCK_D > 128
     if tq is not None:
-        tqueries = tile(head_of(tq, batch, head, batch_shape), i, c, L, D)
+        tq = head_of(tq, batch, head, batch_shape)
+        tqueries = tile(tq, i, c, L, D)
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     slope = number_of(slopes, batch, head, batch_shape, ACC)
     tslope = number_of(tslopes, batch, head, batch_shape, ACC)
@@ -80,32 +85,35 @@ def attention_jvp_bwd_q(
             keys = tile(k, j, c, ENDS, D)
             inside = ((i < L)[:, None] & (j < S)[None, :]) if edges else None
             s, steep, bent = scores(
-                product(queries, keys, PRECISION), i[:, None], j[None, :],
-                at[:, None] - j[None, :], mask, slope, scale, softcap, inside,
+                product(again(queries, q, i, c, L, D, LEANER), keys, PRECISION),
+                i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
+                inside,
             )  # fmt: skip
             p = exponential(s, lse[:, None], FAST)
             if edges:
                 p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
             y = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if tq is not None:
-                y = dot(tqueries, tl.trans(keys), y, PRECISION)
+                y = dot(again(tqueries, tq, i, c, L, D, LEAN), tl.trans(keys), y, PRECISION)
             if tk is not None:
                 tkeys = tile(tk, j, c, ENDS, D)
-                y = dot(queries, tl.trans(tkeys), y, PRECISION)
+                y = dot(again(queries, q, i, c, L, D, LEANER), tl.trans(tkeys), y, PRECISION)
             y *= scalar(scale, ACC)
             t = y * steep
             if tmask is not None:
                 t += addend(tmask, i[:, None], j[None, :], inside).to(ACC)
             if tslopes is not None:
                 t -= tslope * tl.abs(at[:, None] - j[None, :]).to(ACC)
-            e = product(grads, tile(v, j, cv, ENDS, DV), PRECISION)
+            held = again(grads, g, i, cv, L, DV, LEANER)
+            e = product(held, tile(v, j, cv, ENDS, DV), PRECISION)
             if seed_ptr is not None:
                 keep = kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
                 e *= keep
             e -= delta[:, None]
             w = (t - mu[:, None]) * e - omega[:, None]
             if tv is not None:
-                f = product(grads, tile(tv, j, cv, ENDS, DV), PRECISION)
+                held = again(grads, g, i, cv, L, DV, LEANER)
+                f = product(held, tile(tv, j, cv, ENDS, DV), PRECISION)
                 if seed_ptr is not None:
                     f *= keep
                 w += f
@@ -144,12 +152,15 @@ def attention_jvp_bwd_kv(
     if WIDE:
         j = j.to(tl.int64)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    keys = tile(head_of(k, batch, key_head, batch_shape), j, c, S, D)
-    values = tile(head_of(v, batch, key_head, batch_shape), j, cv, S, DV)
+    k, v = head_of(k, batch, key_head, batch_shape), head_of(v, batch, key_head, batch_shape)
+    keys, values = tile(k, j, c, S, D), tile(v, j, cv, S, DV)
+    LEAN: tl.constexpr = not FAST and BLOCK_D > 64
     if tk is not None:
-        tkeys = tile(head_of(tk, batch, key_head, batch_shape), j, c, S, D)
+        tk = head_of(tk, batch, key_head, batch_shape)
+        tkeys = tile(tk, j, c, S, D)
     if tv is not None:
-        tvalues = tile(head_of(tv, batch, key_head, batch_shape), j, cv, S, DV)
+        tv = head_of(tv, batch, key_head, batch_shape)
+        tvalues = tile(tv, j, cv, S, DV)
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
 
     lo, hi, at = seen(j, S, L, up, down, segments)
@@ -180,8 +191,9 @@ def attention_jvp_bwd_kv(
                 grads = tile(grads_of, i, cv, ENDS, DV)
                 inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
                 s, steep, bent = scores(
-                    product(keys, queries, PRECISION), i[None, :], j[:, None],
-                    at[:, None] - i[None, :], mask_here, slope, scale, softcap, inside,
+                    product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
+                    i[None, :], j[:, None], at[:, None] - i[None, :],
+                    mask_here, slope, scale, softcap, inside,
                 )  # fmt: skip
                 p = exponential(s, finite(vector(lse_ptr, matrix, i, L))[None, :], FAST)
                 if edges:
@@ -189,16 +201,18 @@ def attention_jvp_bwd_kv(
                 y = tl.zeros((BLOCK_N, BLOCK_M), ACC)
                 if tq is not None:
                     tqueries = tile(tqueries_of, i, c, ENDS, D)
-                    y = dot(keys, tl.trans(tqueries), y, PRECISION)
+                    held = again(keys, k, j, c, S, D, LEAN)
+                    y = dot(held, tl.trans(tqueries), y, PRECISION)
                 if tk is not None:
-                    y = dot(tkeys, tl.trans(queries), y, PRECISION)
+                    held = again(tkeys, tk, j, c, S, D, LEAN)
+                    y = dot(held, tl.trans(queries), y, PRECISION)
                 y *= scalar(scale, ACC)
                 x = y * steep - vector(mu_ptr, matrix, i, L)[None, :]
                 if tmask is not None:
                     x += addend(tmask_here, i[None, :], j[:, None], inside).to(ACC)
                 if tslopes is not None:
                     x -= tslope * tl.abs(at[:, None] - i[None, :]).to(ACC)
-                e = product(values, grads, PRECISION)
+                e = product(again(values, v, j, cv, S, DV, LEAN), grads, PRECISION)
                 px = p * x
                 if seed_ptr is not None:
                     keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
@@ -208,7 +222,7 @@ def attention_jvp_bwd_kv(
                 e -= vector(delta_ptr, matrix, i, L)[None, :]
                 w = x * e - vector(omega_ptr, matrix, i, L)[None, :]
                 if tv is not None:
-                    f = product(tvalues, grads, PRECISION)
+                    f = product(again(tvalues, tv, j, cv, S, DV, LEAN), grads, PRECISION)
                     if seed_ptr is not None:
                         f *= keep
                     w += f

@@ -9,6 +9,7 @@ was exported), it raises instead of returning a zero tangent.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +85,9 @@ def define(op: Op) -> None:
             *args[:count], **dict(zip(keywords, args[count:], strict=False))
         )
 
-    bind, compute, native = written(op.bind), op.forward, written(op.replaces[0])
+    names = {a.name for a in arguments}
+    readings = [r for r in (op.bind, *op.overloads) if names <= {*inspect.signature(r).parameters}]
+    bind, compute, native = written(readings[0]), op.forward, written(op.replaces[0])
     # In a row all of them, so that trailing ones with their default are left out by the dispatcher.
     schema = op.schema.replace("*, ", "")
     # Without defaults, and as written: of a parsed SymInt[] it cannot be told that it is not int[].

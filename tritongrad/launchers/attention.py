@@ -95,15 +95,19 @@ _HALF: dict[str, _Rows] = {
     "backward_kv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
     "second_q": ((64, 64, 4, 2), (128, 32, 8, 1), (64, 16, 4, 1)),
     "second_kv": ((32, 64, 4, 2), (32, 128, 8, 1), (16, 64, 4, 1)),
-    "mask": ((64, 64, 4, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
+    "mask": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
 }
 # No tensor core multiplies float32 exactly, and registers hold half or a quarter as many. Twice the
 # warps where four spill more, counted on sm_90; what spills is in test_attention_code.py.
 _SQUARE, _FEW, _MANY = (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)
-_FLOAT64: dict[str, _Rows] = dict.fromkeys(_HALF, (_FEW, _FEW, _FEW))
-_FLOAT32 = _FLOAT64 | {
+_FLOAT64: dict[str, _Rows] = {
+    **dict.fromkeys(_HALF, (_FEW, _FEW, _MANY)),
+    **dict.fromkeys(("second_q", "second_kv"), (_FEW, _MANY, _MANY)),
+}
+_FLOAT32: dict[str, _Rows] = {
     "forward": (_SQUARE, _MANY, _MANY),
-    **dict.fromkeys(("backward_q", "backward_kv", "mask"), (_SQUARE, _FEW, _FEW)),
+    **dict.fromkeys(("backward_q", "backward_kv"), (_SQUARE, _FEW, _MANY)),
+    "mask": (_SQUARE, _MANY, _MANY),
     **dict.fromkeys(("jvp", "second_kv"), (_FEW, _MANY, _MANY)),
     "second_q": (_MANY, _MANY, _MANY),
 }

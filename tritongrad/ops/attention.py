@@ -7,6 +7,7 @@ which returns both results; torch's name returns both on ``return_lse=True``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -140,7 +141,8 @@ def _read(
         pairs = (*query.shape[:-2], *lengths)
         sizes = zip(reversed(attn_mask.shape), reversed(pairs), strict=False)
         demand(all(a in (1, b) for a, b in sizes), "the mask does not broadcast")
-    demand(window is None or (type(window) is tuple and len(window) == 2), f"{window=!r}")
+    # A library op has a list of it.
+    demand(window is None or (type(window) in (tuple, list) and len(window) == 2), f"{window=!r}")
     down, up = window or (None, None)
     demand(all(n is None or (type(n) is int and n >= 0) for n in (down, up)), f"{window=!r}")
     if is_causal:
@@ -263,9 +265,11 @@ def _compiles(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    window: Window | None = None,
+    **further: Any,
 ) -> bool:
     """Not with dropout, whose seed would be another one in backward, nor where a gradient would
-    have to be summed to what was broadcast."""
+    have to be summed to what was broadcast, nor a window of which one side is open."""
     own = 3 if enable_gqa else 2
     return (
         dropout_p == 0
@@ -273,11 +277,55 @@ def _compiles(
         and query.shape[:-own] == key.shape[:-own] == value.shape[:-own]
         and min(query.shape[-1], value.shape[-1]) > 0
         and max(query.shape[-1], value.shape[-1]) <= MOST_HEAD_DIM
+        and (window is None or None not in window)
     )
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> Any:
-    F.scaled_dot_product_attention(query, key, value, *more, **named)  # it knows the errors
+def _compiles_named(*args: Any, return_lse: bool = False, **kwargs: Any) -> bool:
+    """Under torch's name, what torch's function has not cannot be torch's where it is not ours."""
+    ours = not return_lse and _compiles(*args, **kwargs)
+    if not ours and (return_lse or not _TORCHS.issuperset(kwargs)):
+        raise NotImplementedError(
+            "compiled, scaled_dot_product_attention has no dropout, broadcast batches, open window "
+            "or return_lse beside what torch's has not: call tritongrad.nn.functional.attention"
+        )
+    return ours
+
+
+_TORCHS = frozenset(inspect.signature(_bind).parameters)
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, int[]? window=None, "
+    "float? softcap=None, Tensor? sinks=None, Tensor? alibi_slopes=None, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> (Tensor, Tensor)"
+)
+"""Tensors in the order of ``Inputs``, which is that of their gradients."""
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Any:
+    common = query, key, value, attn_mask, dropout_p, is_causal
+    F.scaled_dot_product_attention(*common, scale=scale, enable_gqa=enable_gqa)  # knows the errors
+    _read(
+        *common, scale, enable_gqa, window, softcap, alibi_slopes, sinks, cu_seqlens_q,
+        cu_seqlens_k, refusal=ValueError,
+    )  # fmt: skip
     return allocate(query, value)
 
 
@@ -369,14 +417,11 @@ _make(
     autocast={"cpu": "lower", "cuda": "lower"},
     bind=_bind, overloads=(_bind_more,), returns=_result, samples=_samples,
     opinfo=("nn.functional.scaled_dot_product_attention",),
-    schema=(
-        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
-        "bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> (Tensor, Tensor)"
-    ),
-    compiles=_compiles, fake=_fake,
+    schema=_SCHEMA, compiles=_compiles_named, fake=_fake,
 )  # fmt: skip
 _make(
     "attention", attention,
     bind=_bind_more, variants={F.scaled_dot_product_attention: _bind_both},
     shares=(F.scaled_dot_product_attention,), samples=_more_samples,
+    schema=_SCHEMA, compiles=_compiles, fake=_fake,
 )  # fmt: skip
