@@ -102,7 +102,7 @@ _HALF: dict[str, _Rows] = {
 _SQUARE, _FEW, _MANY = (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)
 _FLOAT64: dict[str, _Rows] = {
     **dict.fromkeys(_HALF, (_FEW, _FEW, _MANY)),
-    **dict.fromkeys(("second_q", "second_kv"), (_FEW, _MANY, _MANY)),
+    **dict.fromkeys(("second_q", "second_kv", "mask"), (_FEW, _MANY, _MANY)),
 }
 _FLOAT32: dict[str, _Rows] = {
     "forward": (_SQUARE, _MANY, _MANY),
