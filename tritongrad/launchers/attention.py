@@ -97,8 +97,10 @@ _HALF: dict[str, _Rows] = {
     "second_kv": ((32, 64, 4, 2), (32, 128, 8, 1), (16, 64, 4, 1)),
     "mask": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
 }
-# No tensor core multiplies float32 exactly, and registers hold half or a quarter as many. Twice the
-# warps where four spill more, counted on sm_90; what spills is in test_attention_code.py.
+# No tensor core multiplies float32 exactly, and registers hold half or a quarter as many: blocks of
+# 16 by 16, or 32 by 32 where nothing spills, and twice the warps where four spill more, counted on
+# sm_90. Above 64, kernels load again in each step what they would hold (`again` in
+# kernels/attention.py). What spills all the same is in tests/test_attention_code.py.
 _SQUARE, _FEW, _MANY = (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)
 _FLOAT64: dict[str, _Rows] = {
     **dict.fromkeys(_HALF, (_FEW, _FEW, _MANY)),

@@ -398,7 +398,7 @@ def _make(name: str, *targets: Any, **fields: Any) -> Op:
         vmap=calculus.attention_vmap(lambda: op),
         kernels=calculus.FORWARD,
         dtypes=FLOATING,
-        formula=calculus.GRADIENT.formula,
+        formula=f"{calculus.GRADIENT.formula}; {calculus.BEYOND}",
         sources="kernels/attention.py",
         cost=_cost,
         bench=_bench,

@@ -28,6 +28,9 @@ from . import attention_formulas as formulas
 
 INPUTS = len(Inputs._fields)
 
+BEYOND = "third order, and forward over forward, of all pairs in memory"
+"""What the contract says of derivatives without kernels of their own."""
+
 FORWARD = ("attention_fwd",)
 BACKWARD = ("attention_rows", "attention_bwd_q", "attention_bwd_kv", "attention_bwd_mask")
 JVP = ("attention_jvp",)
