@@ -54,8 +54,8 @@ def scan(
         start = tl.full((BLOCK_ROWS,), IDENTITY[n], COMPUTE)
         if before is not None:
             earlier = part - 1
-            mask = (row < rows) & (earlier >= 0)
-            loaded = tl.load(before[n] + (earlier * rows + row), mask=mask)
+            there = (row < rows) & (earlier >= 0)
+            loaded = tl.load(before[n] + (earlier * rows + row), mask=there)
             start = tl.where(earlier >= 0, loaded, start)
         carry = carry + (start,)
 
