@@ -200,7 +200,12 @@ def scores(dots, i, j, apart, mask, slope, scale, softcap, inside):
         bias = addend(mask, i, j, inside)
         if bias.dtype == tl.int1:
             # Added, as torch's is: a NaN shows where it is hidden, too.
-            s += tl.where(bias, 0.0, -INF).to(ACC)
+            hidden = tl.where(bias, 0.0, -INF).to(ACC)
+            if ACC == tl.float64:
+                # Triton (3.7) lays products out for the narrowest numbers that operands come from,
+                # and those of float64 not for bytes: a maximum of one element hides them.
+                hidden = tl.max(hidden[:, :, None], 2)
+            s += hidden
         else:
             s += bias.to(ACC)
     return s, steep, bent
