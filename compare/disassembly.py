@@ -253,9 +253,10 @@ def compile_job(job: Json) -> Json:
     """Compile what ``compare.static.describe`` described, for ``job["target"]``.
 
     Returns ``{"error": text}``, or the fields of ``Code`` with ``signature``, ``num_warps`` and
-    ``num_stages``.
+    ``num_stages``; nothing where only the front end was asked.
     """
     import triton
+    from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -276,6 +277,13 @@ def compile_job(job: Json) -> Json:
             backend, meta, bound, specialisation, options
         )
         source = ASTSource(kernel, signature, constants, attributes)
+        if job["listing"] is None:
+            context = ir.context()
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            lowering = backend.get_codegen_implementation(options), backend.get_module_map()
+            source.make_ir(gpu, options, *lowering, context)
+            return {}
         compiled = triton.compile(source, target=gpu, options=vars(options))
         code = inspect(compiled, job["listing"])
     except Exception as error:

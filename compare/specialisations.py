@@ -99,9 +99,9 @@ def describe(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Json:
     }
 
 
-def make_job(description: Json, target: str, listing: bool = True) -> Json:
+def make_job(description: Json, target: str, listing: bool | None = True) -> Json:
     """What ``disassembly.compile_job`` needs to compile a described launch, and whether to list its
-    instructions."""
+    instructions; None: Triton's front end alone is to read it."""
     modules = {description["kernel"][0]}
     modules |= {value["jit"][0] for value in _leaves(description["meta"]) if "jit" in value}
     return description | {"packages": _packages(modules), "target": target, "listing": listing}
@@ -203,6 +203,11 @@ def sizes(dtype: torch.dtype) -> Iterator[Resized]:
         yield Resized(dtype, device, 1, columns, odd=True)
     yield Resized(dtype, device, 64, 64, odd=True)
     yield Resized(dtype, device, 64, 64, shifted=True)
+
+
+def own_sizes(dtype: torch.dtype) -> Iterator[Resized]:
+    """The first of ``sizes`` alone."""
+    yield next(sizes(dtype))
 
 
 def exercise(op: Op, sample: Sample, apart: bool = False) -> None:
@@ -380,3 +385,42 @@ def cover(
         if keys - seen:
             seen |= keys
             yield specialisation
+
+
+def differing(specialisations: Iterable[Specialisation]) -> Iterator[Specialisation]:
+    """Those in which Triton's front end sees something new: each kernel's functions and flags with
+    each choice of absent operands, its flags with each choice of dtypes, and in each argument each
+    kind of number (one that is 1 is a constant)."""
+    seen: set[str] = set()
+    for specialisation in specialisations:
+        kernel, args = specialisation.kernel, specialisation.description["args"]
+        meta = specialisation.description["meta"]
+        types = {name: v for name, v in meta.items() if v is None or isinstance(v, (bool, dict))}
+        plain = {name: sorted(v) if isinstance(v, dict) else v for name, v in types.items()}
+        keys = {
+            json.dumps([kernel, types, [_operands(value, False) for value in args]]),
+            json.dumps([kernel, plain, [_operands(value, True) for value in args]]),
+        }
+        for i, value in enumerate(args):
+            keys.add(json.dumps([kernel, i, sorted(map(repr, _numbers(value)))]))
+        if keys - seen:
+            seen |= keys
+            yield specialisation
+
+
+def _operands(value: Json, dtypes: bool) -> Json:
+    """An encoded argument without its numbers: which operands are absent, or of what dtypes."""
+    if isinstance(value, dict):
+        (kind, content), *_ = value.items()
+        if kind != "tuple":
+            return content[0] if dtypes else kind
+        operands = [_operands(item, dtypes) for item in content]
+        return [operand for operand in operands if operand != 0]
+    return value if value is None else 0
+
+
+def _numbers(value: Json) -> set[float]:
+    """The numbers in an encoded argument: those that Triton compiles alike are one."""
+    if isinstance(value, dict):
+        return {number for item in value.get("tuple", []) for number in _numbers(item)}
+    return {value} if isinstance(value, (int, float)) else set()

@@ -25,7 +25,15 @@ from tritongrad.op import OPS
 
 from . import baseline
 from .disassembly import TARGETS, Code, Json, compile_all
-from .specialisations import Collection, Specialisation, cover, make_job
+from .specialisations import (
+    Collection,
+    Specialisation,
+    cover,
+    differing,
+    make_job,
+    own_sizes,
+    sizes,
+)
 from .terminal import add_json_option, dtype_name, make_console, tracked, write_json
 
 DTYPES = {dtype_name(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -149,6 +157,20 @@ def compile_for(
     return [judge(*triple, answers[index]) for index, triple in enumerate(triples)]
 
 
+def refused(
+    wanted: Sequence[Specialisation], target: str, workers: int, console: Console
+) -> list[str]:
+    """What Triton's front end refuses, and why: a variable of two types, an absent operand that is
+    read. That is a tenth of the work of compiling."""
+    jobs = [make_job(s.description, target, None) for s in wanted]
+    answers = dict(tracked(compile_all(jobs, workers), "reading", console, len(jobs)))
+    return [
+        f"{s.kernel} ({', '.join(sorted(s.ops))}): {answers[i]['error']}"
+        for i, s in enumerate(wanted)
+        if answers[i]
+    ]
+
+
 def present(rows: Sequence[Row], problems: Sequence[str], console: Console) -> None:
     """Print the rows, one table row for all targets of a specialisation, then what is wrong."""
     table = Table(show_lines=True)
@@ -263,6 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     add_json_option(parser)
     parser.add_argument("--all", action="store_true", help="also what differs in alignment alone")
+    parser.add_argument(
+        "--front", action="store_true",
+        help="whether Triton's front end takes each, in all dtypes and with each operand absent",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--against", type=Path, nargs="?", const=baseline.FILE, metavar="FILE",
@@ -277,16 +303,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.against is not None or options.table is not None:
         return compare_with_table(options, console)
     collection = Collection()
-    dtypes = [DTYPES[name] for name in options.dtype or ("float32", "bfloat16")]
+    few = DTYPES if options.front else ("float32", "bfloat16")
+    dtypes = [DTYPES[name] for name in options.dtype or few]
     only = set(options.only or ())
     # A name that is no op is a kernel's, and any op may launch it.
     ops = [OPS[name] for name in only] if only and only <= OPS.keys() else list(OPS.values())
     for op in tracked(ops, "collecting", console):
-        collection.add(op, dtypes)
+        collection.add(op, dtypes, own_sizes if options.front else sizes)
     wanted = [s for s in collection.specialisations if not only or only & {s.kernel, *s.ops}]
+    targets = options.target or list(TARGETS)
+    if options.front:
+        wanted = list(differing(wanted))
+        problems = collection.problems + refused(wanted, targets[0], options.workers, console)
+        for problem in problems:
+            console.print(problem, markup=False, style="red")
+        console.print(f"{len(wanted)} read, {len(problems)} refused or not collected")
+        return 1 if problems else 0
     if not options.all:
         wanted = list(cover(wanted))
-    targets = options.target or list(TARGETS)
     rows = compile_for(wanted, targets, options.workers, console)
     present(rows, collection.problems, console)
     if options.json is not None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support import representatives
 
+from tritongrad import runtime
 from tritongrad.compare import disassembly, specialisations, static
 from tritongrad.compare.disassembly import Code
 from tritongrad.compare.specialisations import Specialisation, describe, encode, make_job
@@ -380,7 +381,7 @@ class Planted:
         self.specialisations = list(found)
         self.problems = list(problems)
 
-    def add(self, op: Any, dtypes: Any) -> None:
+    def add(self, op: Any, dtypes: Any, factories: Any) -> None:
         pass
 
 
@@ -427,8 +428,7 @@ ELSEWHERE = {"scaled_dot_product_attention", "attention"}
 
 
 def collect(every_op: bool) -> list[Specialisation]:
-    """Each kernel with each of its flags, in both kinds of dtypes; or also with each of the
-    functions of every op. All tiles are for `make static`."""
+    """What ops launch, one of those that share kernels or all, in both kinds of dtypes."""
     ops = {op.kernels: op for op in reversed(OPS.values())}.values()
     dtypes = [torch.float32] if every_op else [torch.float32, torch.bfloat16]
     collection = specialisations.Collection()
@@ -440,12 +440,11 @@ def collect(every_op: bool) -> list[Specialisation]:
                 # As they are, and in two sizes that a GPU sees.
                 collection.add(op, dtypes, lambda dtype: list(specialisations.sizes(dtype))[:3])
     assert collection.problems == []
-    found = collection.specialisations
-    return list(specialisations.cover(found, tiles=False, functions=every_op))
+    return collection.specialisations
 
 
 @pytest.fixture(scope="module")
-def collected(
+def launched(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Specialisation]:
     """Collected by the first worker of a run, which takes a minute, and read by the others."""
@@ -459,6 +458,14 @@ def collected(
             kept.write_bytes(pickle.dumps(collect(pytestconfig.getoption("every_op"))))
     found: list[Specialisation] = pickle.loads(kept.read_bytes())
     return found
+
+
+@pytest.fixture(scope="module")
+def collected(pytestconfig: pytest.Config, launched: list[Specialisation]) -> list[Specialisation]:
+    """Each kernel with each of its flags; or also with each of the functions of every op. All tiles
+    are for `make static`."""
+    every_op = pytestconfig.getoption("every_op")
+    return list(specialisations.cover(launched, tiles=False, functions=every_op))
 
 
 def test_constants_of_kernels_equal_themselves() -> None:
@@ -478,6 +485,38 @@ def test_constants_of_kernels_equal_themselves() -> None:
 def test_every_kernel_is_collected(collected: list[Specialisation]) -> None:
     named = {k for op in OPS.values() if op.name not in ELSEWHERE for k in op.kernels}
     assert {s.kernel for s in collected} >= named
+
+
+def test_front_end_takes_every_kernel(launched: list[Specialisation]) -> None:
+    """With each operand absent that may be, of every dtype, and each number that may be 1: the
+    interpreter lets a variable have one type here and another there."""
+    collection = specialisations.Collection()
+    for name in ELSEWHERE:
+        collection.add(OPS[name], [torch.float32], specialisations.own_sizes)
+    wanted = [*specialisations.differing(launched), *collection.specialisations]
+    wanted = list(specialisations.differing(wanted))
+    assert len(wanted) > 400
+    assert static.refused(wanted, "sm_90", 1, make_console()) == []
+
+
+def test_what_the_front_end_refuses(launches: dict[str, Specialisation]) -> None:
+    wanted = [launches[name] for name in ("copy", "wrong", "nested")]
+    (problem,) = static.refused(wanted, "sm_90", 1, make_console())
+    assert problem.startswith("wrong ():")
+    assert "no_such_name is not defined" in problem
+
+
+def test_products_of_float64_beside_a_bool_mask() -> None:
+    """Past the front end, where Triton lays products out: the mask's bytes must be out of sight."""
+    q, k, v = (torch.zeros(2, 40, 32, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.ones(40, 40, dtype=torch.bool)
+    collection, op = specialisations.Collection(), OPS["scaled_dot_product_attention"]
+    with runtime.stub(), collection.recording(op):
+        op(q, k, v, mask).backward(torch.zeros_like(v))
+    kernels = list({s.kernel: s for s in collection.specialisations}.values())
+    assert {"attention_fwd", "attention_bwd_q", "attention_bwd_kv"} <= {s.kernel for s in kernels}
+    rows = static.compile_for(kernels, ["sm_90"], 1, make_console(), False)
+    assert [row.faults for row in rows if row.code is None] == []
 
 
 PARTS = 4  # so that no worker is left with minutes of compiling when the others have finished
