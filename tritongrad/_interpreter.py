@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +76,7 @@ def _with_semantic(builtin: Any) -> Any:
 class _Replacements:
     """``_patch_lang`` of the interpreter, done once, and the scope that a launch ends."""
 
-    def __init__(self, operators: dict[str, Any]) -> None:
+    def __init__(self, operators: Callable[[], dict[str, Any]]) -> None:
         self._find = interpreter._patch_lang
         self._operators = operators
         self._done = False
@@ -89,7 +90,7 @@ class _Replacements:
             for (owner, name), old in last.items():
                 if tl.core.is_builtin(old):
                     setattr(owner, name, _with_semantic(old))
-            for name, operator in self._operators.items():
+            for name, operator in self._operators().items():
                 setattr(tl.tensor, name, operator)
         return self
 
@@ -239,7 +240,7 @@ def quicken() -> None:
     # It compares the size of what it has just made with that of its type.
     TensorHandle.__post_init__ = lambda self: None
     if hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_MISSING"):
-        interpreter._patch_lang = _Replacements(_operations.operators() if known else {})
+        interpreter._patch_lang = _Replacements(_operations.operators if known else dict)
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         # Then it computes of each sum and product of integers whether it overflows, and looks at

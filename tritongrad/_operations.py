@@ -28,17 +28,122 @@ def quicken() -> None:
 
 
 def operators() -> dict[str, Any]:
-    """Of blocks, those that a function of the language stands behind, past that function."""
-    semantic, unwrap = interpreter.interpreter_semantic, tl.core._unwrap_if_constexpr
-    add, sub, mul = semantic.add, semantic.sub, semantic.mul
-    return {
-        "__add__": lambda self, other: add(self, unwrap(other), True),
-        "__radd__": lambda self, other: add(unwrap(other), self, True),
-        "__sub__": lambda self, other: sub(self, unwrap(other), True),
-        "__rsub__": lambda self, other: sub(unwrap(other), self, True),
-        "__mul__": lambda self, other: mul(self, unwrap(other), True),
-        "__rmul__": lambda self, other: mul(unwrap(other), self, True),
-    }
+    """Methods of blocks, which take those of equal types and leave the rest to Triton's own."""
+    found = {"__getitem__": _indexed(tl.tensor.__getitem__)}
+    for name, function in ARITHMETIC.items():
+        found[f"__{name}__"] = _arithmetic(function, getattr(tl.tensor, f"__{name}__"))
+        found[f"__r{name}__"] = _reflected(function, getattr(tl.tensor, f"__r{name}__"))
+    for name, operation in BITWISE.items():
+        found[f"__{name}__"] = _bitwise(operation, getattr(tl.tensor, f"__{name}__"))
+    for name, function in COMPARISONS.items():
+        found[f"__{name}__"] = _comparison(function, getattr(tl.tensor, f"__{name}__"))
+    return found
+
+
+ARITHMETIC = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
+BITWISE = {"and": numpy.bitwise_and, "or": numpy.bitwise_or, "xor": numpy.bitwise_xor}
+COMPARISONS = {
+    "lt": numpy.less,
+    "le": numpy.less_equal,
+    "gt": numpy.greater,
+    "ge": numpy.greater_equal,
+    "eq": numpy.equal,
+    "ne": numpy.not_equal,
+}
+NUMBERS = {"fp64": (float, int), "fp32": (float, int), "int64": (int,), "int32": (int,)}
+"""Names of types of blocks -> types of the numbers that are converted to them."""
+
+
+def _constant(block: Any, value: Any) -> Any:
+    """The number as a tensor of the block's type, or None where that takes more thought."""
+    kind = block.dtype
+    if type(value) not in NUMBERS.get(kind.name, ()) or (
+        type(value) is int and not -(2**31) <= value < 2**31
+    ):
+        return None
+    # Zero has no sign.
+    data = numpy.array([value or 0], interpreter._get_np_dtype(kind))
+    return tl.tensor(TensorHandle(data, kind), kind)
+
+
+def _arithmetic(function: Any, slow: Any) -> Any:
+    def operate(self: Any, other: Any) -> Any:
+        kind = self.dtype
+        right = other if type(other) is tl.tensor else _constant(self, other)
+        if right is None or type(kind) is not tl.dtype or right.dtype.name != kind.name:
+            return slow(self, other)
+        left, right = (self, right) if self.type is right.type else _alike(self, right)
+        data = function(left.handle.data, right.handle.data)
+        return tl.tensor(TensorHandle(data, left.handle.dtype.scalar), left.type)
+
+    return operate
+
+
+def _bitwise(function: Any, slow: Any) -> Any:
+    quick = _arithmetic(function, slow)
+    return lambda self, other: (quick if self.dtype.is_int() else slow)(self, other)
+
+
+def _reflected(function: Any, slow: Any) -> Any:
+    def operate(self: Any, other: Any) -> Any:
+        number = _constant(self, other)
+        if number is None:
+            return slow(self, other)
+        left, right = _alike(number, self)
+        data = function(left.handle.data, right.handle.data)
+        return tl.tensor(TensorHandle(data, left.handle.dtype.scalar), left.type)
+
+    return operate
+
+
+def _comparison(function: Any, slow: Any) -> Any:
+    def operate(self: Any, other: Any) -> Any:
+        kind = self.dtype
+        if (
+            type(other) is not tl.tensor
+            or type(kind) is not tl.dtype
+            or kind.name != other.dtype.name
+        ):
+            return slow(self, other)
+        left, right = (self, other) if self.type is other.type else _alike(self, other)
+        truth = TensorHandle(
+            function(left.handle.data, right.handle.data), left.handle.dtype.scalar
+        )
+        kind = left.type
+        return tl.tensor(truth, block_type(tl.int1, kind.sizes) if kind.is_block() else tl.int1)
+
+    return operate
+
+
+def _indexed(slow: Any) -> Any:
+    """`x[:, None]` and the like."""
+    everything = slice(None)
+
+    def index(self: Any, slices: Any) -> Any:
+        if type(slices) is not tuple or not self.type.is_block():
+            return slow(self, slices)
+        sizes = [*self.type.sizes]
+        for dim, part in enumerate(slices):
+            if part is None and dim <= len(sizes):
+                sizes.insert(dim, 1)
+            elif part != everything:
+                return slow(self, slices)
+        handle = TensorHandle(self.handle.data.reshape(sizes), self.handle.dtype.scalar)
+        return tl.tensor(handle, block_type(self.dtype, tuple(sizes)))
+
+    return index
+
+
+_block_types: dict[Any, Any] = {}
+
+
+def block_type(element: Any, sizes: tuple[int, ...]) -> Any:
+    """One object for each type."""
+    key = (element.name, getattr(element, "address_space", None), sizes)
+    found = _block_types.get(key)
+    if found is None:
+        found = _block_types[key] = tl.block_type(element, [*sizes])
+    return found
 
 
 def _types() -> None:
@@ -49,6 +154,7 @@ def _types() -> None:
     unwrap = tl.core._unwrap_if_constexpr
     plain = frozenset((tl.tensor, int, float, bool, str, type(None), tl.dtype, tl.block_type))
 
+    tl.block_type.with_element_ty = lambda self, element: block_type(element, self.sizes)
     tl.dtype.is_int = lambda self: self.name in integers
     tl.dtype.is_floating = lambda self: self.name in floating
     tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
@@ -127,11 +233,11 @@ def _alike(lhs: Any, rhs: Any) -> Any:
 
 
 def _retyped(block: Any, shape: tuple[int, ...]) -> Any:
-    return tl.tensor(block.handle, tl.block_type(block.dtype, [*shape]))
+    return tl.tensor(block.handle, block_type(block.dtype, shape))
 
 
 def _splat(value: Any, like: Any) -> Any:
-    kind = tl.block_type(value.dtype, [*like.sizes])
+    kind = block_type(value.dtype, like.sizes)
     return tl.tensor(interpreter.interpreter_builder.create_splat(kind, value.handle), kind)
 
 
@@ -139,7 +245,7 @@ def _spread(block: Any, shape: tuple[int, ...]) -> Any:
     if block.type.sizes == shape:
         return block
     handle = TensorHandle(numpy.broadcast_to(block.handle.data, shape), block.dtype)
-    return tl.tensor(handle, tl.block_type(block.dtype, [*shape]))
+    return tl.tensor(handle, block_type(block.dtype, shape))
 
 
 def _broadcast(lhs: Any, rhs: Any) -> Any:
