@@ -90,9 +90,11 @@ doctor: install ## say what this machine has and what will run on it
 	$(BIN)/python -m compare doctor $(ARGS)
 
 # One thread per worker: torch would start a thread per core in every worker and they would fight.
+# Each worker begins with a half of the files, whose fixtures it then makes alone; who has finished
+# takes tests from the other.
 .PHONY: test
 test: install ## run the whole test suite; ARGS go to pytest
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: install ## ruff check, ruff format --check, mypy

@@ -163,7 +163,8 @@ def resized(call: Call, reshape: Callable[[torch.Size], Sequence[int]]) -> Call:
 
     def refill(t: Tensor) -> Tensor:
         shape = torch.Size(reshape(t.shape))
-        return t.flatten()[torch.arange(shape.numel(), device=t.device) % t.numel()].view(shape)
+        times = -(-shape.numel() // t.numel())
+        return t.flatten().repeat(times)[: shape.numel()].view(shape)
 
     args, kwargs, note = mapped(call, refill).sample
     args = tuple(torch.Size(reshape(v)) if isinstance(v, torch.Size) else v for v in args)
