@@ -17,6 +17,7 @@ COMMANDS = {
         "tritongrad.compare.bench",
         "time every op on a GPU, beside torch and other libraries",
     ),
+    "tune": ("tritongrad.compare.tune", "time configurations of kernels, and keep the fastest"),
     "report": ("tritongrad.compare.report", "pictures and tables of what was measured"),
     "sanitize": (
         "tritongrad.compare.sanitize",

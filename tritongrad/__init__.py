@@ -17,12 +17,13 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from . import runtime  # isort: skip  (settles the interpreter before triton is imported)
 import torch
 
-from . import linalg, nn, ops, special
+from . import linalg, nn, ops, special, tuning
 from .graph import graph
 from .namespace import overlay
 from .op import OPS
 from .reroute import disable, enable, use
 from .runtime import Session
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,8 @@ __all__ = [
     "ops",
     "runtime",
     "special",
+    "tune",
+    "tuning",
     "use",
 ]
 

@@ -12,6 +12,7 @@ usage: tritongrad COMMAND ...
 
   doctor   what this machine has, what runs on it, and what is wrong with it
   ops      what each op promises
+  tune     time configurations of kernels on this GPU, and write the fastest to a file
   compare  check and measure the ops against torch and against other libraries
 
 tritongrad COMMAND --help says more."""
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command == "compare":
         return compare(rest)
-    if command in ("doctor", "ops"):
+    if command in ("doctor", "ops", "tune"):
         return compare([command, *rest])
     print(f"tritongrad: no command is named {command!r}\n\n{USAGE}", file=sys.stderr)
     return 2

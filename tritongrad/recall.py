@@ -96,6 +96,15 @@ def _own(value: Any) -> Any:
     return kind(map(_own, value)) if kind is list or kind is tuple else value
 
 
+_remembered: list[dict[Any, Known]] = []
+
+
+def forget() -> None:
+    """Read each call anew from here on: what their launches depend on has changed."""
+    for calls in _remembered:
+        calls.clear()
+
+
 def remembering(
     bind: Bind, ambient: Ambient | None, prepare: Callable[..., Any] | None = None
 ) -> Bind:
@@ -111,6 +120,7 @@ def remembering(
         return bind
     known: dict[Any, Known] = {}  # of signature and forms
     latest: dict[Any, Known] = {}  # of signature
+    _remembered.extend((known, latest))
 
     def recognise(args: tuple, kwargs: dict[str, Any], plain: bool = True) -> Recognised:
         """The tensors and parameters that the call is bound to, and whether it asks for a

@@ -23,6 +23,16 @@ from ..layout import (
     reach,
 )
 from ..runtime import launch_prepared
+from .configurations import (
+    BLOCK,
+    COLUMNS,
+    MOST_BLOCK,
+    ROWS,
+    Configuration,
+    choose,
+    planned,
+    problem_of,
+)
 from .reduction import MEAN, SUM, Reduction, plan_for, reduce, run_many
 
 AVERAGE = Reduction(None, combine.add_and_count, (0.0, 0.0), finish.average)
@@ -124,7 +134,7 @@ def walk(shape: torch.Size, dim: int, operands: tuple[Strides | None, ...]) -> W
     across = bool(merged[0][0]) and abs(merged[0][0]) < abs(classes[0])
     rows = math.prod(sizes)
     geometry = tuple(merged_shape), tuple(map(tuple, merged)), along
-    wide = max(furthest, rows, shape[dim]) > INT32_MAX - k.LONGEST
+    wide = max(furthest, rows, shape[dim]) > INT32_MAX - MOST_BLOCK
     return Walk(kept, rows, shape[dim], geometry, wide, across)
 
 
@@ -161,8 +171,44 @@ def _tile(walk: Walk, compute: torch.dtype, whole: bool = False) -> tuple[int, i
     return min(rows, max(tile // block_columns, least)), block_columns, one
 
 
-def _warps(elements: int) -> int:
-    return min(max(next_power_of_two(elements // 512), 4), 16)
+@planned
+def _launch(
+    kernel: str,
+    walk: Walk,
+    call: Call,
+    itemsize: int,
+    device: int,
+    tuned: bool,
+    continues: bool | None = None,
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Grid and constexprs.
+
+    Args:
+        itemsize: bytes of a logit.
+        tuned: whether it may be launched as was measured: not if it reads what it writes.
+        continues: whether earlier pieces of the rows were seen; None: rows are not walked, tiles
+            share them.
+    """
+    compute, walked = call.compute, continues is not None
+    rows, columns, one_tile = _tile(walk, compute, walked)
+    elements = rows * columns * compute.itemsize // 4
+    default = Configuration(rows, columns, min(max(next_power_of_two(elements // 512), 4), 16))
+    constants: dict[str, Any] = {} if kernel == "nll_loss_bwd" else {"INDEX": call.labelled}
+    if walked:
+        constants |= {"ONE_TILE": one_tile, "CONTINUES": continues}
+    constants |= {"COMPUTE": TRITON_DTYPE[compute], "WIDE": walk.wide}
+
+    def build(c: Configuration) -> tuple[tuple[int], dict[str, Any]]:
+        tiles = 1 if walked else -(-walk.columns // c.columns)
+        block = {"BLOCK_ROWS": c.rows, "BLOCK_COLUMNS": c.columns, "num_warps": c.warps}
+        return (-(-walk.rows // c.rows) * tiles,), {**constants, **block}
+
+    if not tuned:
+        return build(default)
+    kinds = "labels" if call.labelled else "probabilities", "across" if walk.across else None
+    problem = problem_of(kernel, kinds, (walk.rows, walk.columns), 1, itemsize)
+    parts = BLOCK if not walked else ROWS if one_tile else COLUMNS
+    return choose(device, problem, default, parts, build)
 
 
 class Rows(NamedTuple):
@@ -222,23 +268,17 @@ def rows(
     share = empty() if complete and shares else None
     slope = empty() if complete and call.sloped else None
     if found.rows:
-        block_rows, block_columns, one_tile = _tile(found, compute, True)
-        meta = {
-            "INDEX": call.labelled,
-            "ONE_TILE": one_tile,
-            "CONTINUES": earlier is not None,
-            "COMPUTE": TRITON_DTYPE[compute],
-            "WIDE": found.wide,
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_COLUMNS": block_columns,
-            "num_warps": _warps(block_rows * block_columns * compute.itemsize // 4),
-        }
+        # Not tuned where the rows' state is read, and written over.
+        grid, meta = _launch(
+            "cross_entropy_fwd", found, call, x.itemsize, x.get_device(), state is None,
+            earlier is not None,
+        )  # fmt: skip
         z = None if call.z == 0.0 else encode(call.z, compute)
         args = (
             loss, share, slope, top, total, state, x, target, weight, *found.geometry,
             found.rows, found.columns, call.first, call.classes, call.ignored, *call.numbers, z,
         )  # fmt: skip
-        launch_prepared(k.cross_entropy_fwd, (-(-found.rows // block_rows),), args, x, meta)
+        launch_prepared(k.cross_entropy_fwd, grid, args, x, meta)
     return Rows(loss, share, top, total, slope, state)
 
 
@@ -274,22 +314,14 @@ def gradients(
     )  # fmt: skip
     if not way.rows:
         return
-    block_rows, block_columns, _ = _tile(way, compute)
-    meta = {
-        "INDEX": call.labelled,
-        "COMPUTE": TRITON_DTYPE[compute],
-        "WIDE": way.wide,
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLUMNS": block_columns,
-        "num_warps": _warps(block_rows * block_columns * compute.itemsize // 4),
-    }
+    apart = dx is None or dx.data_ptr() != x.data_ptr()  # or the logits are written over
+    grid, meta = _launch("cross_entropy_bwd", way, call, x.itemsize, x.get_device(), apart)
     factor = None if factor is None else encode(factor, compute)
     args = (
         dx, dy, g, scale, x, target, weight, found.top, found.total, found.slope, *way.geometry,
         way.rows, way.columns, call.first, call.classes, call.ignored, *call.numbers, factor,
     )  # fmt: skip
-    tiles = -(-way.rows // block_rows) * -(-way.columns // block_columns)
-    launch_prepared(k.cross_entropy_bwd, (tiles,), args, x, meta)
+    launch_prepared(k.cross_entropy_bwd, grid, args, x, meta)
 
 
 def weight_gradient(
@@ -356,19 +388,11 @@ def likelihood_gradient(
     )  # fmt: skip
     if not way.rows or not way.columns:
         return
-    block_rows, block_columns, _ = _tile(way, call.compute)
-    meta = {
-        "COMPUTE": TRITON_DTYPE[call.compute],
-        "WIDE": way.wide,
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLUMNS": block_columns,
-        "num_warps": _warps(block_rows * block_columns * call.compute.itemsize // 4),
-    }
+    grid, meta = _launch("nll_loss_bwd", way, call, dx.itemsize, dx.get_device(), True)
     args = (
         dx, g, scale, target, weight, *way.geometry, way.rows, way.columns, call.ignored,
     )  # fmt: skip
-    tiles = -(-way.rows // block_rows) * -(-way.columns // block_columns)
-    launch_prepared(k.nll_loss_bwd, (tiles,), args, dx, meta)
+    launch_prepared(k.nll_loss_bwd, grid, args, dx, meta)
 
 
 def total(loss: Tensor, batch: int, dtype: torch.dtype) -> Tensor:

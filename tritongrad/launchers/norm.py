@@ -4,7 +4,6 @@ hold one, and how sums over rows are put together."""
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,15 @@ from ..kernels import reduction as combine
 from ..layout import INT32_MAX, Strides, dense_strides, empty, next_power_of_two, reach
 from ..op import Tensors
 from ..runtime import launch_prepared
+from .configurations import (
+    COLUMNS,
+    MOST_BLOCK,
+    ROWS,
+    Configuration,
+    choose,
+    planned,
+    problem_of,
+)
 from .reduction import SUM, Reduction, plan_for, processors_of, run_many
 from .rowwise import merged
 
@@ -44,13 +52,14 @@ class Plan(NamedTuple):
     """
 
     geometry: tuple[Any, ...]
-    grid: tuple[int] | None
+    grid: tuple[int, ...] | None
     long: bool
     meta: dict[str, Any]
 
 
-@lru_cache(maxsize=4096)
+@planned
 def plan(
+    kernel: str,
     shape: torch.Size,
     walks: Walks,
     axes: int,
@@ -63,6 +72,7 @@ def plan(
     """How to compute with operands of ``shape``, of which the last ``axes`` dimensions are a row.
 
     Args:
+        kernel: name of the one that is launched.
         walks: strides of each operand, None where there is none.
         budget: numbers that a row may have, one of those of ``kernels.norm``.
         sums: whether programs add up rows, for which they need as many registers again.
@@ -90,18 +100,28 @@ def plan(
 
     every = zip(kept_strides, row_strides, strict=True)
     reaches = [reach(kept_shape, a) + reach(row_shape, b) for a, b in every]
-    wide = max(*reaches, rows, programs * columns) > INT32_MAX - block_rows * block_columns
+    wide = max(*reaches, rows, programs * columns) > INT32_MAX - MOST_BLOCK
     elements = block_rows * block_columns
     least = 4 if long else min(4, elements // 256)
-    meta = {
-        "CENTRED": centred,
-        "LONG": long,
-        "COMPUTE": TRITON_DTYPE[compute],
-        "WIDE": wide,
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLUMNS": block_columns,
-        "num_warps": min(max(elements // 512, least, 1), 16),
-    }
+
+    def build(c: Configuration) -> tuple[tuple[int], dict[str, Any]]:
+        meta = {
+            "CENTRED": centred,
+            "LONG": long,
+            "COMPUTE": TRITON_DTYPE[compute],
+            "WIDE": wide,
+            "BLOCK_ROWS": c.rows,
+            "BLOCK_COLUMNS": c.columns,
+            "num_warps": c.warps,
+        }
+        # Of programs that add up rows there are as many as there is memory for their sums.
+        return (programs if sums else -(-rows // c.rows),), meta
+
+    default = Configuration(block_rows, block_columns, min(max(elements // 512, least, 1), 16))
+    kinds = ("centred" if centred else None, "sums" if sums else None, "long" if long else None)
+    given = sum(w is not None for w in walks)
+    problem = problem_of(kernel, kinds, (rows, columns), given, compute.itemsize)
+    grid, meta = choose(device, problem, default, COLUMNS if long else ROWS, build)
     taken = zip(iter(kept_strides[1:]), iter(row_strides[1:]), strict=True)
     pairs = [((), ()) if w is None else next(taken) for w in walks]
     geometry = (
@@ -109,15 +129,23 @@ def plan(
         tuple([tuple(a) for a, _ in pairs]), tuple([tuple(b) for _, b in pairs]),
         rows, columns,
     )  # fmt: skip
-    return Plan(geometry, (programs,) if shape.numel() else None, long, meta)
+    return Plan(geometry, grid if shape.numel() else None, long, meta)
 
 
 def _plan(
-    operands: Tensors, axes: int, budget: int, sums: bool, centred: bool, compute: torch.dtype
+    kernel: str,
+    operands: Tensors,
+    axes: int,
+    budget: int,
+    sums: bool,
+    centred: bool,
+    compute: torch.dtype,
 ) -> Plan:
     first = next(t for t in operands if t is not None)
     walks = tuple([None if t is None else t.stride() for t in operands])
-    return plan(first.shape, walks, axes, budget, sums, centred, compute, first.get_device())
+    return plan(
+        kernel, first.shape, walks, axes, budget, sums, centred, compute, first.get_device()
+    )
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -142,7 +170,7 @@ def forward(
     if weight is not None and bias is not None and weight.itemsize == 4:
         # Rows of the most numbers do not fit beside these two.
         budget //= 1 if weight.numel() <= budget // 2 else 2
-    found = _plan(operands, axes, budget, False, centred, compute)
+    found = _plan("norm_fwd", operands, axes, budget, False, centred, compute)
     kept = first.shape[: first.dim() - axes]
     y = empty(first, first.shape) if value else None
     total = empty(first, first.shape) if len(operands) == 2 else None
@@ -179,7 +207,7 @@ def backward(
     operands: Tensors = (g, x) if added is None else (g, x, added)
     # One more operand does not fit beside rows of the most numbers.
     budget = k.BACKWARD if added is None else k.BACKWARD // 2
-    found = _plan(operands, axes, budget, sums, centred, compute)
+    found = _plan("norm_bwd", operands, axes, budget, sums, centred, compute)
     row = x.shape[x.dim() - axes :]
     if found.grid is None:  # sums of nothing are zeros
         shapes = x.shape, row, row
@@ -191,7 +219,7 @@ def backward(
         )
     apart = sums and found.long
     if apart:  # then a program need not add up rows, and may hold them after all
-        found = _plan(operands, axes, budget, False, centred, compute)
+        found = _plan("norm_bwd", operands, axes, budget, False, centred, compute)
     assert found.grid is not None
     dx = None if dx_dtype is None else empty(x, x.shape, dtype=dx_dtype)
     parts = [
@@ -253,7 +281,7 @@ def second(
     compute = COMPUTE_DTYPE[x.dtype]
     operands = v, g, x
     sums = dweight_dtype is not None
-    found = _plan(operands, axes, k.SECOND, sums, centred, compute)
+    found = _plan("norm_bwd_bwd", operands, axes, k.SECOND, sums, centred, compute)
     row = x.shape[x.dim() - axes :]
     if found.grid is None:
         shapes = x.shape, x.shape, row
@@ -265,7 +293,7 @@ def second(
         )
     apart = sums and found.long
     if apart:
-        found = _plan(operands, axes, k.SECOND, False, centred, compute)
+        found = _plan("norm_bwd_bwd", operands, axes, k.SECOND, False, centred, compute)
     assert found.grid is not None
     dg = None if dg_dtype is None else empty(x, x.shape, dtype=dg_dtype)
     dx = None if dx_dtype is None else empty(x, x.shape, dtype=dx_dtype)

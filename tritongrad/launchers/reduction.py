@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from ..layout import (
     strides_as,
 )
 from ..runtime import INTERPRETED, launch_prepared
+from .configurations import WARPS, Configuration, choose, planned, problem_of
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that a launch should have for each multiprocessor, to hide the latency of its loads."""
@@ -103,7 +104,7 @@ class Plan(NamedTuple):
     second: Plan | None = None
 
 
-@lru_cache(maxsize=4096)
+@planned
 def plan(
     reduction: Reduction,
     shapes: tuple[torch.Size, ...],
@@ -122,9 +123,10 @@ def plan(
     processors = processors_of(device)
     whole = _plan(reduction, shapes, strides, dims, keepdim, element, processors)
     if whole.parts == 1:
-        return whole._replace(numbers=(before, after))
+        return _tuned(whole._replace(numbers=(before, after)), len(shapes), element, device)
     # Few rows of many elements: several programs share each, and a second launch their parts.
     shared = _plan(reduction.partial, shapes, strides, dims, False, element, processors)
+    shared = _tuned(shared, len(shapes), element, device)
     count = len(whole.accumulators)
     own = (torch.Size((whole.parts, whole.rows)),) * count, ((whole.rows, 1),) * count
     # For no processors: one program a row from here on, or the parts would be shared out again.
@@ -221,6 +223,21 @@ def _plan(
         dtypes[-1] = torch.int64
     grid = (row_tiles * parts,)
     return Plan(result, result_strides, geometry, rows, grid, parts, meta, tuple(dtypes), ((), ()))
+
+
+def _tuned(plan: Plan, operands: int, element: torch.dtype, device: int) -> Plan:
+    """``plan`` in the warps that were measured to be the fastest, if they were. Its blocks decide
+    how many parts there are, and stay."""
+    meta = plan.meta
+
+    def build(c: Configuration) -> tuple[tuple[int], dict[str, Any]]:
+        return plan.grid, {**meta, "num_warps": c.warps}
+
+    kinds = meta["MAP"], meta["COMBINE"], meta["FINISH"]
+    sizes = plan.rows, plan.geometry[6] * plan.geometry[7]
+    problem = problem_of("reduce", kinds, sizes, operands, element.itemsize)
+    default = Configuration(meta["BLOCK_ROWS"], meta["BLOCK_COLUMNS"], meta["num_warps"])
+    return plan._replace(meta=choose(device, problem, default, WARPS, build)[1])
 
 
 def along_rows(kept: Sequence[Sequence[int]], reduced: Sequence[Sequence[int]]) -> bool:

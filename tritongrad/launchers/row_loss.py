@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from ..layout import (
     strides_as,
 )
 from ..runtime import launch_prepared
+from .configurations import WARPS, Configuration, choose, planned, problem_of
 from .reduction import (
     LEAST_STEPS,
     MEAN,
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     meta: dict[str, Any]
 
 
-@lru_cache(maxsize=4096)
+@planned
 def plan(
     reduction: Reduction,
     shapes: tuple[torch.Size, ...],
@@ -122,7 +122,7 @@ def plan(
         tuple(map(tuple, kept[: len(shapes)])), tuple(map(tuple, kept[len(shapes) :])),
         column_strides, rows, columns, tiles, span, parts,
     )  # fmt: skip
-    meta = {
+    constants = {
         "MAP": reduction.map,
         "COMBINE": reduction.combine,
         "FINISH": reduction.finish,
@@ -138,6 +138,15 @@ def plan(
     }
     programs = groups * parts
     grid = (programs,) if programs else None
+
+    def build(c: Configuration) -> tuple[tuple[int], dict[str, Any]]:
+        return (programs,), {**constants, "num_warps": c.warps}
+
+    kinds = reduction.map, reduction.combine, reduction.finish
+    extent = row_shape.numel(), columns
+    problem = problem_of("row_loss", kinds, extent, len(shapes), element.itemsize)
+    default = Configuration(block_rows, block_columns, constants["num_warps"])
+    meta = choose(device, problem, default, WARPS, build)[1]
     return Plan(row_shape, losses, 1 if batch is None else parts, count, geometry, grid, meta)
 
 

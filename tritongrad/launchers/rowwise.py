@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from ..layout import (
     strides_as,
 )
 from ..runtime import launch_prepared
+from .configurations import MOST_BLOCK, ROWS, Configuration, choose, planned, problem_of
 
 
 class Plan(NamedTuple):
@@ -37,17 +37,18 @@ class Plan(NamedTuple):
     shape: torch.Size
     strides: Strides
     geometry: tuple[Any, ...]
-    grid: tuple[int] | None
+    grid: tuple[int, ...] | None
     meta: dict[str, Any]
 
 
-@lru_cache(maxsize=4096)
+@planned
 def plan(
     function: Any,
     shapes: tuple[torch.Size, ...],
     strides: tuple[Strides, ...],
     dims: tuple[int, ...],
     element: torch.dtype,
+    device: int,
     outs: int = 1,
     constants: tuple[Number, ...] = (),
 ) -> Plan | None:
@@ -58,6 +59,7 @@ def plan(
         shapes, strides: of the operands; the first has the shape of the results, to which the
             others broadcast.
         element: dtype that each operand is converted to before it is computed with.
+        device: index of the GPU.
         outs: number of results, each of the first operand's shape.
         constants: further arguments of the function.
 
@@ -87,24 +89,38 @@ def plan(
         return None
 
     reaches = [reach(kept_shape, a) + reach(row_shape, b) for a, b in zip(kept, row, strict=True)]
-    wide = max(*reaches, rows) > INT32_MAX - block_rows * block_columns
+    wide = max(*reaches, rows) > INT32_MAX - MOST_BLOCK
     elements = block_rows * block_columns * len(shapes) * wide_by
-    meta = {
-        "ROW": function,
-        "RESULT": TRITON_DTYPE[element],
-        "COMPUTE": TRITON_DTYPE[compute],
-        "WIDE": wide,
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLUMNS": block_columns,
-        "num_warps": min(max(next_power_of_two(elements // 1024), 4), k.MOST_WARPS),
-    }
+
+    def build(c: Configuration) -> tuple[tuple[int], dict[str, Any]]:
+        meta = {
+            "ROW": function,
+            "RESULT": TRITON_DTYPE[element],
+            "COMPUTE": TRITON_DTYPE[compute],
+            "WIDE": wide,
+            "BLOCK_ROWS": c.rows,
+            "BLOCK_COLUMNS": c.columns,
+            "num_warps": c.warps,
+        }
+        return (-(-rows // c.rows),), meta
+
+    warps = min(max(next_power_of_two(elements // 1024), 4), k.MOST_WARPS)
+    problem = problem_of(
+        k.rowwise,
+        (function, "across" if side_by_side else None),
+        (rows, columns),
+        len(shapes),
+        element.itemsize,
+    )
+    grid, meta = choose(
+        device, problem, Configuration(block_rows, block_columns, warps), ROWS, build
+    )
     geometry = (
         encode_all(constants, compute),
         tuple(kept_shape), tuple(row_shape),
         tuple(map(tuple, kept)), tuple(map(tuple, row)), rows, columns,
     )  # fmt: skip
-    grid = (-(-rows // block_rows),) if shape.numel() else None
-    return Plan(shape, result, geometry, grid, meta)
+    return Plan(shape, result, geometry, grid if shape.numel() else None, meta)
 
 
 def merged(

@@ -81,7 +81,9 @@ def _reader(formulas: Formulas) -> Callable[[Tensor, Any, torch.dtype | None], P
         if transforming():
             return params
         shape, strides = input.shape, input.stride()
-        launch = rowwise.plan(formulas.value[0], (shape,), (strides,), params.dims, params.result)
+        launch = rowwise.plan(
+            formulas.value[0], (shape,), (strides,), params.dims, params.result, input.get_device()
+        )
         return params._replace(specs=(Spec(shape, input.dtype),), plan=launch)
 
     return read
@@ -122,6 +124,7 @@ def _rows(
         tuple([t.stride() for t in operands]),
         params.dims,
         params.result,
+        operands[0].get_device(),
         len(dtypes),
     )
     if launch is not None:
