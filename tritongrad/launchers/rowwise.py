@@ -106,7 +106,7 @@ def plan(
 
     warps = min(max(next_power_of_two(elements // 1024), 4), k.MOST_WARPS)
     problem = problem_of(
-        k.rowwise,
+        "rowwise",
         (function, "across" if side_by_side else None),
         (rows, columns),
         len(shapes),
