@@ -137,7 +137,7 @@ def rerouted(call: Call) -> Batch:
 def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
     """The first sample of ``op`` on ``path``, and the yardstick; None if the op has no such path.
 
-    Derivatives are with respect to what the sample has them of; of transforms, to all of its
+    Derivatives are with respect to what the sample has them of; batched are all of its
     floating-point tensors.
     """
     if op.samples is None or (path != "vmap" and path != "direct" and not op.differentiable):
@@ -162,13 +162,23 @@ def prepare(op: Op, path: str) -> tuple[Batch, Batch] | None:
         return found if type(found) is Tensor else [t for t in found if t.is_floating_point()]
 
     if path == "vjp":
+        wanted = [i for i, t in enumerate(given) if t.requires_grad] or list(range(len(given)))
+
+        def of_wanted(*tensors: Tensor) -> Any:
+            values = list(plain)
+            for i, t in zip(wanted, tensors, strict=True):
+                values[i] = t
+            return function(*values)
+
+        primals = [plain[i] for i in wanted]
         return (
-            repeated(lambda: torch.func.vjp(function, *plain)),
+            repeated(lambda: torch.func.vjp(of_wanted, *primals)),
             repeated(lambda: torch.func.vjp(BareTransformable.apply, plain[0])),
         )
     if path == "vmap":
         batched = [torch.stack([t, t]) for t in plain]
-        ours, bare = torch.vmap(function), torch.vmap(BareTransformable.apply)
+        ours = torch.vmap(function, randomness="different" if op.random else "error")
+        bare = torch.vmap(BareTransformable.apply)
         return repeated(lambda: ours(*batched)), repeated(lambda: bare(batched[0]))
     copies = [t.clone(memory_format=torch.preserve_format) for t in plain]
     leaves = [c.requires_grad_(t.requires_grad) for c, t in zip(copies, given, strict=True)]

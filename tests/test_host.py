@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tritongrad import runtime
 from tritongrad.compare import host, launching
 from tritongrad.compare.__main__ import main
 from tritongrad.op import OPS, Op
@@ -44,6 +45,17 @@ def test_host_time_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tritongrad.runtime._run", lambda *_: pytest.fail("a kernel ran"))
     for path in host.PATHS:
         assert host.measure(OPS["sum"], path, repeats=1) is not None
+
+
+@pytest.mark.parametrize("path", host.PATHS)
+def test_every_op_can_be_timed(path: str) -> None:
+    timed = set()
+    with runtime.stub():
+        for name, op in OPS.items():
+            for batch in host.prepare(op, path) or ():
+                batch(1)
+                timed.add(name)
+    assert timed >= {name for name, op in OPS.items() if op.differentiable and op.samples}
 
 
 def test_host_time_of_a_comparison_has_no_gradient() -> None:
