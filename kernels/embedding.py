@@ -180,7 +180,9 @@ def embedding_bag_fwd(
     else:
         begin = tl.load(bound_ptr + bag).to(tl.int64)
         end = tl.load(bound_ptr + bag + 1, mask=bag + 1 < bags, other=n).to(tl.int64)
-        begin = tl.minimum(tl.maximum(begin, 0), n)
+        # The first has what is before it, which torch's CPU refuses: the gradient is so, too.
+        first = bag // in_batch * length
+        begin = tl.where(bag % in_batch == 0, first, tl.minimum(tl.maximum(begin, 0), n))
         end = tl.minimum(tl.maximum(end, 0), n)
     table = w_ptr + (bag // in_batch) * w_strides[0] + (column.to(tl.int64) * w_strides[2])[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), COMPUTE)

@@ -177,6 +177,23 @@ def test_a_label_that_is_no_class_is_no_address(name: str, label: int) -> None:
         assert gradient[1].isnan().all()
 
 
+@pytest.mark.skipif(
+    "linear_cross_entropy" not in OPS, reason="torch has no linear_cross_entropy before 2.13"
+)
+@pytest.mark.parametrize("label", [700, -1, 2**40])
+def test_nor_in_pieces_of_a_linear_loss(label: int) -> None:
+    op, target = OPS["linear_cross_entropy"], labels(3, 700)
+    assert op.bind is not None
+    bound, params = op.bind(logits(3, 2), logits(700, 2), target, reduction="none")
+    spoiled = target.clone()
+    spoiled[1] = label
+    x, weight = bound[:2]
+    loss, *_ = op.recorded(params, x, weight, spoiled, *bound[3:])
+    (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert dx.isnan().any(1).tolist() == [False, True, False]
+
+
 def test_one_reading_of_the_logits_in_each_direction() -> None:
     x = logits(3, 5)
     loss, forward = launches(lambda: OPS["cross_entropy"](x, labels(3, 5), reduction="none"))

@@ -18,6 +18,8 @@ from torch.func import grad, vmap
 import tritongrad
 from tritongrad.compare.parity import STAND_INS
 from tritongrad.dispatch import apply
+from tritongrad.launchers import embedding as launchers
+from tritongrad.launchers.embedding import NO_PADDING
 from tritongrad.ops.embedding import Params
 from tritongrad.ops.embedding_bag import ANOTHERS_FREQUENCY, BagParams, bag
 from tritongrad.reroute import HARMLESS
@@ -150,6 +152,26 @@ def test_what_torch_refuses() -> None:
         with tritongrad.use() as session, pytest.raises(RuntimeError, match=error):
             F.embedding_bag(index, w, torch.tensor(begins))
         assert not session.ran
+
+
+@pytest.mark.parametrize("begins", [[1, 2], [0, 9, 3], [5, 4], [-3, 2]], ids=str)
+@pytest.mark.parametrize("mean", [False, True])
+def test_offsets_that_torch_refuses_are_no_addresses(begins: list[int], mean: bool) -> None:
+    """What a GPU computes, where nobody waits for them: with rows and bags that there are, of which
+    the first begins at 0. The row of an index out of range is NaN."""
+    w, index = table().detach(), torch.tensor([0, 1, -1, 3, 2**40], device=DEVICE)
+    places = torch.tensor(begins, device=DEVICE)
+    found, size = launchers.bags(w, index, places, None, mean, NO_PADDING)
+    assert found.shape == (len(begins), w.shape[1])
+    assert size is None or (size.min() >= 0 and size.max() <= len(index))
+    source = launchers.bag_of(index, places, 1)
+    assert source.min() >= 0
+    assert source.max() < len(begins)
+    if begins == [1, 2]:
+        if not mean:
+            assert_same(found[0], w[0] + w[1])
+        assert source.tolist() == [0, 0, 1, 1, 1]
+        assert found[1].isnan().all()
 
 
 def test_module() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import DEVICE, assert_same, flatten, floats, random_like
 from torch import Tensor, nn
-from torch.testing._internal.common_modules import ModuleInfo, module_db
+from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, module_db
 
 import tritongrad
 from tritongrad.reroute import HARMLESS
@@ -91,6 +91,40 @@ def test_module_equals_torchs(name: str, training: bool) -> None:
             found = results(ours, call)
         assert_same(found, results(theirs, call), f"{ours} of {call}")
         assert {what for what in session.fell_back if what[1] not in ALLOWED} == set()
+
+
+PAIR = ((4, 5), (4, 5))
+WITHOUT_INFO: dict[str, tuple[tuple[Any, ...], tuple[tuple[int, ...], ...]]] = {
+    # module: arguments, shapes of its inputs
+    "CosineSimilarity": ((), PAIR),
+    "PairwiseDistance": ((3.0,), PAIR),
+    "TripletMarginLoss": ((), (*PAIR, (4, 5))),
+    "TripletMarginWithDistanceLoss": ((), (*PAIR, (4, 5))),
+    "LazyLinear": ((3,), ((4, 5),)),
+    "LazyBatchNorm1d": ((), ((4, 5),)),
+    "LazyInstanceNorm1d": ((), ((2, 4, 5),)),
+}
+"""Modules that torch has no ModuleInfo of. Those that drop out, and bags, are in their families'
+tests."""
+
+
+@pytest.mark.parametrize("name", WITHOUT_INFO)
+def test_module_without_info_equals_torchs(name: str) -> None:
+    arguments, shapes = WITHOUT_INFO[name]
+    inputs = [
+        torch.randn(shape, dtype=torch.float64, device=DEVICE).requires_grad_() for shape in shapes
+    ]
+    theirs = getattr(nn, name)(*arguments).to(DEVICE, torch.float64)
+    ours = getattr(tritongrad.nn, name)(*arguments).to(DEVICE, torch.float64)
+    for module in (theirs, ours):
+        module(*inputs)  # a lazy one has its state from here on
+    assert type(ours).__module__ == tritongrad.nn.__name__
+    ours.load_state_dict(theirs.state_dict())
+    with tritongrad.use() as session:
+        found = results(ours, call := FunctionInput(*inputs))
+    assert_same(found, results(theirs, call), name)
+    assert {what for what in session.fell_back if what[1] not in ALLOWED} == set()
+    assert session.ran
 
 
 def test_they_are_torchs_modules() -> None:

@@ -163,6 +163,21 @@ STATISTICS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def test_momentum_none_is_the_average_of_all_calls() -> None:
+    """Of a module, which gives the op another momentum for each call."""
+    x = Random(torch.float64, DEVICE)(3, 4, 3, 5)
+    states = []
+    for theirs, context in ((True, torch.enable_grad()), (False, tritongrad.use())):
+        module = torch.nn.BatchNorm1d(3, momentum=None, device=DEVICE, dtype=torch.float64)
+        with context as session:
+            outputs = [module(call) for call in x]
+            outputs.append(module.eval()(x[0]))
+        states.append([*outputs, *module.state_dict().values()])
+        assert theirs or session.ran["batch_norm"] == 4
+    assert_same(states[1], states[0])
+    assert_same(states[1][-3], x.mean((0, 1, 3)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", STATISTICS)
 def test_running_statistics(name: str, dtype: torch.dtype) -> None:

@@ -133,8 +133,9 @@ def bag_of(index: Tensor, offsets: Tensor | None, tables: int) -> Tensor:
     bounds = _bounds(index, offsets, tables)
     if bounds is None:
         return torch.div(each, index.shape[-1], rounding_mode="floor")
-    # Of bags that begin at one place, all but the last are empty.
-    return torch.searchsorted(bounds.long(), each, right=True) - 1
+    # Of bags that begin at one place, all but the last are empty. What is before the first, where
+    # a GPU was not waited for to refuse that, is in it: bag -1 would be an address of no gradient.
+    return (torch.searchsorted(bounds.long(), each, right=True) - 1).clamp_(min=0)
 
 
 def bags(

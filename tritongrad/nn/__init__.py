@@ -26,6 +26,9 @@ def _ours(theirs: Any) -> Any:
     functools.update_wrapper(forward, theirs.forward)
     name = theirs.__name__
     members = {"forward": forward, "__module__": __name__, "__doc__": theirs.__doc__}
+    if getattr(theirs, "cls_to_become", None) is not None:
+        # What a lazy module is from its first call on.
+        members["cls_to_become"] = _ours(theirs.cls_to_become)
     return type(name, (theirs,), members)
 
 
