@@ -9,7 +9,9 @@ under ``rules()``, where torch mathematics means our ops, whoever called and on 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +28,15 @@ _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 _ALL = tuple(range(64))  # indices of an op's tensors, which are never so many
+
+
+@cache
+def _picking(places: tuple[int, ...]) -> Callable[[Tensors], Tensors]:
+    """What picks from a tuple a tuple of what is in these places."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    (place,) = places
+    return lambda values: (values[place],)
 
 
 def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., Any]]:
@@ -62,8 +73,7 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
         if kept is None or kept == _ALL[: len(tensors)]:
             ctx.save_for_backward(*tensors)
         elif kept:
-            everything = tensors + outputs
-            ctx.save_for_backward(*[everything[i] for i in kept])
+            ctx.save_for_backward(*_picking(tuple(kept))(tensors + outputs))
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors, *outputs)
         if output is outputs:
