@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ALL, DEVICE, calls, flatten
+from support import ALL, DEVICE, assert_same, calls, flatten
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -359,3 +359,13 @@ def test_recalled_as_read(name: str) -> None:
         for found, given in zip(tensors, expected, strict=True):
             assert found is given or torch.equal(found, given), str(call)
     assert flatten(args)
+
+
+def test_tracer_sees_calls_that_are_remembered() -> None:
+    """``linearize`` traces plain tensors: a launch would be outside of what it traced."""
+    x = torch.linspace(0.1, 0.6, 6, dtype=torch.float64, device=DEVICE)
+    for _ in range(2):
+        with tritongrad.use():
+            value, tangent = torch.func.linearize(lambda x: x * 2.5 * x, x)
+            found = tangent(torch.ones_like(x))
+        assert_same((value, found), (2.5 * x * x, 5 * x))

@@ -65,7 +65,8 @@ def dispatch(
     """Run ``func(*args, **kwargs)`` on ``op`` if it can and ``policy`` has it so, else on torch.
     Our modes are out of the way already."""
     recognise = getattr(bind, "recognise", None)
-    if recognise is not None and op.look is None:
+    # Guards do not tell of a tracer where torch hides its key, as in what ``linearize`` traces.
+    if recognise is not None and op.look is None and not (_dispatch_modes() or _is_tracing()):
         # A call like an earlier one: nothing that is asked below can have another answer.
         tensors, params, asks = recognise(args, kwargs)
         if tensors is not None and (policy is None or policy.allows(op, tensors)):
