@@ -51,7 +51,7 @@ class Problem(NamedTuple):
         function: names of the device functions that it is made of.
         rows, columns: the next powers of two, of which the sizes are a class.
         operands: how many tensors it reads.
-        itemsize: bytes of an element of what it computes with.
+        itemsize: bytes of an element of what it reads.
     """
 
     kernel: str

@@ -67,6 +67,7 @@ def plan(
     sums: bool,
     centred: bool,
     compute: torch.dtype,
+    itemsize: int,
     device: int,
 ) -> Plan:
     """How to compute with operands of ``shape``, of which the last ``axes`` dimensions are a row.
@@ -75,6 +76,7 @@ def plan(
         kernel: name of the one that is launched.
         walks: strides of each operand, None where there is none.
         budget: numbers that a row may have, one of those of ``kernels.norm``.
+        itemsize: bytes of an element that is read.
         sums: whether programs add up rows, for which they need as many registers again.
     """
     kept = len(shape) - axes
@@ -120,7 +122,7 @@ def plan(
     default = Configuration(block_rows, block_columns, min(max(elements // 512, least, 1), 16))
     kinds = ("centred" if centred else None, "sums" if sums else None, "long" if long else None)
     given = sum(w is not None for w in walks)
-    problem = problem_of(kernel, kinds, (rows, columns), given, compute.itemsize)
+    problem = problem_of(kernel, kinds, (rows, columns), given, itemsize)
     grid, meta = choose(device, problem, default, COLUMNS if long else ROWS, build)
     taken = zip(iter(kept_strides[1:]), iter(row_strides[1:]), strict=True)
     pairs = [((), ()) if w is None else next(taken) for w in walks]
@@ -144,8 +146,9 @@ def _plan(
     first = next(t for t in operands if t is not None)
     walks = tuple([None if t is None else t.stride() for t in operands])
     return plan(
-        kernel, first.shape, walks, axes, budget, sums, centred, compute, first.get_device()
-    )
+        kernel, first.shape, walks, axes, budget, sums, centred, compute, first.itemsize,
+        first.get_device(),
+    )  # fmt: skip
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
