@@ -4,6 +4,10 @@ Beyond its gradients it needs the input once more and the logits of some classes
 choose how torch does the like, without derivatives of the gradient, are left to torch. Derivatives
 beyond the first and forward mode are those of ``linear`` and ``cross_entropy``, whose rules put all
 logits in memory.
+
+Compiled, ``tritongrad.nn.functional.linear_cross_entropy`` is one library op, whose backward makes
+the rows' numbers again. Into torch's function Dynamo looks before a mode does: what it sees are
+``linear`` and ``cross_entropy``, on our kernels, but with all logits in memory.
 """
 
 from __future__ import annotations
