@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -107,6 +108,17 @@ def test_fused_residual_is_one_kernel() -> None:
     assert (forward, backward) == (1, 1)
     both(lambda x, r, w: TF.add_rms_norm(x, r, (8,), w)[0], x, r, w)
     both(lambda x, r, w: TF.add_rms_norm(x, r, (8,), w)[1], x, r, w)
+
+
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
+def test_sum_has_a_gradient_where_a_summand_has(name: str) -> None:
+    make = Random(torch.float32, DEVICE)
+    function = getattr(TF, name)
+    for wanted in itertools.product((False, True), repeat=3):
+        sizes = zip([(5, 8), (5, 8), (8,)], wanted, strict=True)
+        x, r, w = (make(*size, requires_grad=want) for size, want in sizes)
+        y, total = function(x, r, (8,), w)
+        assert (y.requires_grad, total.requires_grad) == (any(wanted), any(wanted[:2]))
 
 
 CHANNELS: dict[str, Callable[..., Tensor]] = {

@@ -50,7 +50,7 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
     # Constants of the op, looked up once: recording is on the hot path.
     assert op.forward is not None
     saves, known_specs, public, differentiable = op.saves, op.specs, op.outputs, op.differentiable
-    compute = op.forward
+    compute, constant = op.forward, op.constant_outputs
 
     # One function for both ways in: a call inside of the eager one would be 3 % of its time.
     def forward(ctx: Any, params: Any, *tensors: Tensor | None, output: Any = None) -> Any:
@@ -79,6 +79,8 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
         if output is outputs:
             # An index beside a value has no derivative either.
             integers = [out for out in outputs[:public] if not out.is_floating_point()]
+            if constant is not None and forward_ad._current_level < 0:  # it may have a tangent
+                integers += [outputs[i] for i in constant(params, ctx.needs_input_grad[1:])]
             if integers or len(outputs) > public:
                 ctx.mark_non_differentiable(*integers, *outputs[public:])
         return output

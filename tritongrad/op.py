@@ -109,6 +109,8 @@ class Op:
             tuple of them. None: the tuple.
         saves: ``(params, needs) -> indices`` into ``(*tensors, *outputs)``: what backward needs.
             None: the tensors.
+        constant_outputs: ``(params, needs) -> indices`` of the public outputs that do not depend on
+            what a gradient is needed of. None: all do.
         specs: ``params -> Specs of the tensors``, where ``params`` know them; ``()`` if every
             tensor has the shape and dtype of the output, None if they do not know.
         rule: the derivative in torch mathematics: ``(params, needs, specs, grads, saved) ->
@@ -160,6 +162,7 @@ class Op:
     outputs: int = 1
     returns: Callable[[tuple[Any, ...]], Any] | None = None
     saves: Callable[[Any, Needs], Sequence[int]] | None = None
+    constant_outputs: Callable[[Any, Needs], Sequence[int]] | None = None
     specs: Callable[[Any], tuple[Spec | None, ...] | None] | None = None
     rule: Rule | None = None
     backward: Op | None = None

@@ -127,8 +127,8 @@ def remembering(
         derivative; or None, the call's signature and its tensors, as far as there is one.
 
         Args:
-            plain: only what was remembered outside of autocast. Then this alone says that no
-                transform, tracer, dispatch mode or autocast has a part in the call.
+            plain: only what was remembered outside of autocast. Then this alone says that neither
+                a transform nor autocast has a part in the call. Of a tracer it does not.
         """
         tensors: list[Any] = []
         key: list[Any] = [len(args), _grad_enabled()]

@@ -148,6 +148,7 @@ def _add_norm(
         replaces=(target,),
         outputs=2,
         saves=saves,
+        constant_outputs=lambda params, needs: () if needs[0] or needs[1] else (1,),
         specs=operator.attrgetter("specs"),
         rule=rule,
         jvp=jvp,
