@@ -90,8 +90,9 @@ def attention_bwd_q(
     mask = head_if(mask, batch, head, batch_shape)
     q, g = head_of(q, batch, head, batch_shape), head_of(g, batch, head, batch_shape)
     queries, grads = tile(q, i, c, L, D), tile(g, i, cv, L, DV)
-    LEAN: tl.constexpr = not FAST and BLOCK_D > 128
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    # Of float64, at as many warps, it spills less to hold them.
+    LEAN: tl.constexpr = not FAST and ACC == tl.float32 and BLOCK_D > 128
     slope = number_of(slopes, batch, head, batch_shape, ACC)
     lse = finite(vector(lse_ptr, matrix, i, L))
     delta = vector(delta_ptr, matrix, i, L)
@@ -157,8 +158,8 @@ def attention_bwd_kv(
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k, v = head_of(k, batch, key_head, batch_shape), head_of(v, batch, key_head, batch_shape)
     keys, values = tile(k, j, c, S, D), tile(v, j, cv, S, DV)
-    LEAN: tl.constexpr = not FAST and BLOCK_D > 128
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    LEAN: tl.constexpr = not FAST and ACC == tl.float32 and BLOCK_D > 128
 
     lo, hi, at = seen(j, S, L, up, down, segments)
     first, inner, inner_end, end = walk(lo, hi, BLOCK_M)

@@ -36,6 +36,7 @@ CELLS = [
     USUAL,
     Cell(BF16, 64, "causal"),
     Cell(HALF, 64, "bias"),
+    Cell(HALF, 64, "packed softcap dropout"),
     Cell(HALF, 128, "bias"),
     Cell(SINGLE, 128, "bias"),
     Cell(SINGLE, 256, "bias"),
@@ -48,6 +49,12 @@ MASK, TANGENTS_MASK = "attention_bwd_mask", "attention_bwd_mask of the tangent"
 
 SPILLS: dict[str, dict[str, int]] = {
     "bfloat16 128 causal": {KV: 368},
+    "float16 64 packed softcap dropout": {
+        "attention_fwd": 996,
+        "attention_bwd_kv": 64,
+        Q: 1448,
+        KV: 532,
+    },
     "float16 128 bias": {KV: 440, TANGENTS_MASK: 476},
     "float32 128 bias": {Q: 28, KV: 656, TANGENTS_MASK: 5960},
     "float32 256 bias": {
@@ -61,8 +68,8 @@ SPILLS: dict[str, dict[str, int]] = {
     "float64 256 bias": {
         "attention_fwd": 316,
         "attention_jvp": 1464,
-        "attention_bwd_q": 6428,
-        "attention_bwd_kv": 7544,
+        "attention_bwd_q": 88,
+        "attention_bwd_kv": 560,
         Q: 1856,
         KV: 20644,
         MASK: 2124,
