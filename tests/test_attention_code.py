@@ -50,7 +50,6 @@ MASK, TANGENTS_MASK = "attention_bwd_mask", "attention_bwd_mask of the tangent"
 SPILLS: dict[str, dict[str, int]] = {
     "bfloat16 128 causal": {KV: 368},
     "float16 64 packed softcap dropout": {
-        "attention_fwd": 996,
         "attention_bwd_kv": 64,
         Q: 1448,
         KV: 532,

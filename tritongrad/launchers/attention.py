@@ -198,6 +198,9 @@ class Problem:
         inputs, by_key = self.inputs, kind.endswith("kv")
         size = max(self.blocks_d)
         found = blocks(kind, self.dtype, size, (self.length, self.keys), self.count * self.heads)
+        if inputs.seed is not None and kind == "forward":
+            # Philox takes registers, of which four warps have none left.
+            found = found._replace(warps=8)
         segments = _segments(inputs, by_key, self.keys if by_key else self.length)
         numbers = map(self.place, (inputs.slopes, inputs.sinks))
         extras = (self.place(inputs.mask), *numbers, inputs.seed, segments)
