@@ -35,6 +35,7 @@ USUAL = Cell(BF16, 128, "causal")
 CELLS = [
     USUAL,
     Cell(BF16, 64, "causal"),
+    Cell(BF16, 256, "causal"),
     Cell(HALF, 64, "bias"),
     Cell(HALF, 64, "packed softcap dropout"),
     Cell(HALF, 128, "bias"),
@@ -49,6 +50,12 @@ MASK, TANGENTS_MASK = "attention_bwd_mask", "attention_bwd_mask of the tangent"
 
 SPILLS: dict[str, dict[str, int]] = {
     "bfloat16 128 causal": {KV: 368},
+    "bfloat16 256 causal": {
+        "attention_jvp": 1872,
+        "attention_bwd_kv": 1936,
+        Q: 2692,
+        KV: 9008,
+    },
     "float16 64 packed softcap dropout": {
         "attention_bwd_kv": 64,
         Q: 1448,
