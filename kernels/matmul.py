@@ -4,6 +4,9 @@ c[i, m, n] = F(z), z = alpha * sum_k a[i, m, k] * b[i, k, n] + beta * added[i, m
 every index i of the batch, with F an activation or nothing. The gradients, da = alpha dz b^T and
 db = alpha a^T dz, are products of the same kind. Every operand is read through its own strides: a
 transpose is two strides exchanged, a broadcast is a stride of 0.
+
+Products are summed as one whose k has two indices, (s, k), each with a stride: c[i, m, n] =
+alpha * sum_sk a[i, s, m, k] * b[i, s, k, n] + beta * added[i, m, n].
 """
 
 import triton
@@ -41,6 +44,19 @@ def addend(ptr, m, n, in_m, in_n, stride_m, stride_n):
     else:
         offsets = m[:, None] * stride_m + n[None, :] * stride_n
         return tl.load(ptr + offsets, mask=in_m & in_n, other=0)
+
+
+@triton.jit
+def combination(acc, alpha, added_ptr, m, n, in_m, in_n, stride_m, stride_n, beta):
+    """`alpha` times a tile and `beta` times what is added to it, if anything is."""
+    if alpha is not None:
+        acc *= scalar(alpha, acc.dtype)
+    if added_ptr is not None:
+        added = addend(added_ptr, m, n, in_m, in_n, stride_m, stride_n).to(acc.dtype)
+        if beta is not None:
+            added *= scalar(beta, acc.dtype)
+        acc += added
+    return acc
 
 
 @triton.jit
@@ -104,13 +120,7 @@ def gemm(
         a_ptrs += step * stride_ak
         b_ptrs += step * stride_bk
 
-    if alpha is not None:
-        acc *= scalar(alpha, ACC)
-    if added_ptr is not None:
-        added = addend(added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n).to(ACC)
-        if beta is not None:
-            added *= scalar(beta, ACC)
-        acc += added
+    acc = combination(acc, alpha, added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n, beta)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n[None, :] * stride_bias, mask=in_b, other=0).to(ACC)
     at = m[:, None] * N + n[None, :]
@@ -118,4 +128,67 @@ def gemm(
         tl.store(z_ptr + at, acc.to(z_ptr.dtype.element_ty), mask=in_a & in_b)
     if EPILOGUE is not None:
         acc = EPILOGUE(acc)[0]
+    tl.store(c_ptr + at, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)
+
+
+@triton.jit
+def gemm_summed(
+    c_ptr, a_ptr, b_ptr, added_ptr, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, batch_shape, a_batch_strides, b_batch_strides,
+    added_batch_strides, stride_added_m, stride_added_n, beta, alpha, S, stride_as, stride_bs,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`gemm`, of S products that are summed. A block of k and s together lies in one product, or
+    each of its elements finds its own."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    batch = program // (tiles_m * tiles_n)
+    tile_m, tile_n = tile_in_group(program % (tiles_m * tiles_n), tiles_m, tiles_n)
+
+    rest = batch.to(tl.int64)
+    c_ptr += rest * M * N
+    for d in tl.static_range(len(batch_shape)):
+        index = rest % batch_shape[d]
+        rest = rest // batch_shape[d]
+        a_ptr += index * a_batch_strides[d]
+        b_ptr += index * b_batch_strides[d]
+        if added_ptr is not None:
+            added_ptr += index * added_batch_strides[d]
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    first = tl.full((), 0, tl.int64 if WIDE else tl.int32)
+    if WIDE:
+        m, n, k = m.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
+    a_rows = a_ptr + m[:, None] * stride_am
+    b_columns = b_ptr + n[None, :] * stride_bn
+    if EVEN_K:
+        a_rows += k[None, :] * stride_ak
+        b_columns += k[:, None] * stride_bk
+    in_a = (m < M)[:, None]
+    in_b = (n < N)[None, :]
+
+    ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for start in range(0, S * K, BLOCK_K):
+        if EVEN_K:
+            s, within = (first + start) // K, (first + start) % K
+            a = tl.load(a_rows + (s * stride_as + within * stride_ak), mask=in_a, other=0)
+            b = tl.load(b_columns + (s * stride_bs + within * stride_bk), mask=in_b, other=0)
+        else:
+            s, within = (k + start) // K, (k + start) % K
+            inside = s < S
+            a_at = (s * stride_as + within * stride_ak)[None, :]
+            b_at = (s * stride_bs + within * stride_bk)[:, None]
+            a = tl.load(a_rows + a_at, mask=in_a & inside[None, :], other=0)
+            b = tl.load(b_columns + b_at, mask=in_b & inside[:, None], other=0)
+        if _INTERPRETED and a.dtype == tl.bfloat16:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    acc = combination(acc, alpha, added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n, beta)
+    at = m[:, None] * N + n[None, :]
     tl.store(c_ptr + at, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)

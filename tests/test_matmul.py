@@ -496,3 +496,23 @@ def test_calls_are_taken() -> None:
         assert session.ran == {name: 1}
         assert_same(found, call(), name)
     assert isinstance(Call(OPS["mm"], calls(OPS["mm"])[0].sample).triton(a, b), Tensor)
+
+
+@pytest.mark.parametrize("layout", ["dense", "transposed", "strided", "expanded"])
+def test_a_sum_of_products_reads_its_batches_in_place(layout: str) -> None:
+    """``addbmm`` is one launch, which is given the operands' own memory."""
+    a, b = make(5, 19, 33), make(5, 33, 7)
+    if layout == "transposed":
+        a, b = make(5, 33, 19).mT, make(5, 7, 33).mT
+    elif layout == "strided":
+        a, b = make(5, 19, 66)[..., ::2], make(10, 33, 7)[::2]
+    elif layout == "expanded":
+        a, b = make(19, 33).expand(5, -1, -1), make(33, 7).expand(5, -1, -1)
+    added = make(19, 7)
+    seen: list[tuple[str, Any]] = []
+    with runtime.observe(lambda k, grid, args, meta: seen.append((k.fn.__name__, args))):
+        found = tritongrad.addbmm(added, a, b, alpha=0.5)
+    ((kernel, args),) = seen
+    assert kernel.startswith("gemm")
+    assert [t.data_ptr() for t in args[1:4]] == [t.data_ptr() for t in (a, b, added)]
+    assert_same(found, torch.addbmm(added, a, b, alpha=0.5))

@@ -146,6 +146,7 @@ class Plan(NamedTuple):
         grid: None if the result is empty.
         geometry: the kernel's arguments after its pointers.
         meta: its constexprs.
+        kernel: ``gemm``, or ``gemm_summed``, which has no activation and no bias.
     """
 
     shape: torch.Size
@@ -153,6 +154,7 @@ class Plan(NamedTuple):
     grid: tuple[int] | None
     geometry: tuple[Any, ...]
     meta: dict[str, Any]
+    kernel: Any = k.gemm
 
 
 @lru_cache(maxsize=4096)
@@ -166,10 +168,17 @@ def plan(
     alpha: Number = 1,
     added: Addend | None = None,
     epilogue: Any = None,
+    summed: bool = False,
 ) -> Plan:
     """How to multiply operands of these shapes and strides, float32 in ``float32_precision()``;
-    ``alpha`` times their product, and something added, and a device function of all that."""
+    ``alpha`` times their product, and something added, and a device function of all that.
+    ``summed``: the product is summed over the last dimension of its batch, which both have."""
     precision = "tf32" if dtype is torch.float32 and precision == "tf32" else "ieee"
+    parts: tuple[int, ...] = ()
+    if summed:
+        a_shape, a_strides, b_shape, b_strides, parts = _side_by_side(
+            a_shape, a_strides, b_shape, b_strides
+        )
     batch_shape = torch.broadcast_shapes(a_shape[:-2], b_shape[:-2])
     (m, depth), n = a_shape[-2:], b_shape[-1]
     shape = torch.Size((*batch_shape, m, n))
@@ -202,16 +211,20 @@ def plan(
         1 in (stride_am, stride_ak)
         and 1 in (stride_bk, stride_bn)
         and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | n) % 16 == 0
+        and all(n % 16 == 0 for n in parts)
     )
     adding = bool(stride_dm and stride_dn) or epilogue is not None
     tile = _tile(dtype, precision, aligned, (batch, m, n), adding)
     a_reach = m * stride_am + depth * stride_ak
     b_reach = depth * stride_bk + n * stride_bn
+    if parts:
+        count, a_step, b_step = parts
+        a_reach, b_reach = a_reach + count * a_step, b_reach + count * b_step
     added_reach = m * stride_dm + n * stride_dn
     meta = {
         "PRECISION": precision,
         "EVEN_K": depth % tile.k == 0,
-        "EPILOGUE": epilogue,
+        **({} if parts else {"EPILOGUE": epilogue}),
         "WIDE": max(m * n, a_reach, b_reach, added_reach) > INT32_MAX,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
@@ -225,7 +238,28 @@ def plan(
         tuple(added_batch), stride_dm or None, stride_dn or None,
         _factor(addend.beta, dtype), _factor(alpha, dtype),
     )  # fmt: skip
-    return Plan(shape, strides, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
+    grid = (batch * -(-m // tile.m) * -(-n // tile.n),)
+    kernel = k.gemm_summed if parts else k.gemm
+    return Plan(shape, strides, grid, (*geometry, *parts), meta, kernel)
+
+
+def _side_by_side(
+    a_shape: torch.Size, a_strides: Strides, b_shape: torch.Size, b_strides: Strides
+) -> tuple[torch.Size, Strides, torch.Size, Strides, tuple[int, ...]]:
+    """Shapes and strides of one product that is the sum over the last dimension of the batch, of
+    the matrices side by side, if their strides are those of such; else of a single one of them,
+    and how many there are, and how far apart those of ``a`` and of ``b``."""
+    count, (m, depth), n = a_shape[-3], a_shape[-2:], b_shape[-1]
+    along = [(a_strides[-3], a_strides[-1]), (b_strides[-3], b_strides[-2])]
+    sizes, ((a_inner, *a_outer), (b_inner, *b_outer)) = collapse((count, depth), along, (1, 0))
+    parts = (sizes[1], a_outer[0], b_outer[0]) if len(sizes) > 1 else ()
+    return (
+        torch.Size((*a_shape[:-3], m, sizes[0])),
+        (*a_strides[:-3], a_strides[-2], a_inner),
+        torch.Size((*b_shape[:-3], sizes[0], n)),
+        (*b_strides[:-3], b_inner, b_strides[-1]),
+        parts,
+    )
 
 
 def _factor(value: Number, dtype: torch.dtype) -> Number | None:
@@ -233,17 +267,24 @@ def _factor(value: Number, dtype: torch.dtype) -> Number | None:
 
 
 def matrix_product(
-    a: Tensor, b: Tensor, added: Tensor | None = None, *, alpha: Number = 1, beta: Number = 1
+    a: Tensor,
+    b: Tensor,
+    added: Tensor | None = None,
+    *,
+    alpha: Number = 1,
+    beta: Number = 1,
+    summed: bool = False,
 ) -> Tensor:
     """``alpha * a[..., M, K] @ b[..., K, N] + beta * added``, their batches broadcast, in one
-    launch; ``added`` broadcasts to the product.
+    launch; ``added`` broadcasts to the product, which is ``summed`` as in ``plan``.
 
     Shapes fit, and dtypes are equal (checked when the call was bound). The result is contiguous.
     """
     addend = None if added is None else Addend(added.shape, added.stride(), beta)
     found = plan(
-        a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision(), alpha, addend
-    )
+        a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision(), alpha, addend,
+        summed=summed,
+    )  # fmt: skip
     return run(found, a, b, added)
 
 
@@ -283,6 +324,7 @@ def _launch(
     z: Tensor | None,
 ) -> None:
     if plan.grid is not None:
-        stride = None if bias is None else bias.stride(0)
-        args = (out, a, b, added, *plan.geometry, bias, stride, z)
-        launch_prepared(k.gemm, plan.grid, args, out, plan.meta)
+        args = (out, a, b, added, *plan.geometry)
+        if plan.kernel is k.gemm:
+            args += (bias, None if bias is None else bias.stride(0), z)
+        launch_prepared(plan.kernel, plan.grid, args, out, plan.meta)

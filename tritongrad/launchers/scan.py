@@ -143,6 +143,9 @@ def _plan(
         "WIDE": max(*reaches, shape.numel()) > INT32_MAX - k.TILE,
         "BLOCK_ROWS": block_rows,
         "BLOCK": block,
+        # A thread has 8 numbers of a whole tile, and registers for 4 of 8 bytes that are stored as
+        # they are: of more, ptxas spills some to keep what it takes to be enough warps resident.
+        "num_warps": 8 if element is torch.float64 and block_rows * block == k.TILE else 4,
     }
     return Plan(geometry, rows, (row_tiles * parts,), parts, meta)
 

@@ -1,8 +1,8 @@
 """Products added to a tensor: ``beta * input + alpha * product``, where a ``beta`` of 0 means that
 ``input`` counts for nothing, not even its NaN.
 
-``addmm`` and ``baddbmm`` are one product of matrices each, with what is added in its epilogue;
-``addmv`` and ``addbmm`` are ``addmm`` of views; ``addr`` is pointwise.
+``addmm``, ``baddbmm`` and ``addbmm``, which sums over its batch too, are one product of matrices
+each, with what is added in its epilogue; ``addmv`` is ``addmm`` of views; ``addr`` is pointwise.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..kernels import arithmetic
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .composite import POINTWISE, composite
-from .contraction import GEMM, REDUCTION, product
-from .factors import Params, admit_alike, check_factors, check_fits, product_shape, read_sum
-from .matmul import LOWER, bmm_form, mm_form
+from .contraction import GEMM, REDUCTION, SUMMED, product
+from .factors import Params, admit_alike, check_factors, check_fits, read_sum
+from .matmul import LOWER, bmm_form, mm_form, summed_form
 from .rows import row
 from .signatures import bind_addr
 
@@ -64,21 +64,8 @@ def _addmv(factors: Factors, input: Tensor, mat: Tensor, vec: Tensor) -> Tensor:
 
 def _bind_addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Number = 1, alpha: Number = 1
-) -> tuple[Tensors, Factors]:
-    admit_alike(batch1, batch2, input)
-    check_factors(beta, alpha)
-    a, b = batch1.shape, batch2.shape
-    bmm_form(a, batch1.stride(), b, batch2.stride())
-    check_fits(input.shape, product_shape(a, b)[1:])
-    return (input, batch1, batch2), Factors(beta, alpha)
-
-
-def _addbmm(factors: Factors, input: Tensor, batch1: Tensor, batch2: Tensor) -> Tensor:
-    # A sum of products is one product, of the matrices side by side.
-    batch, rows, depth = batch1.shape
-    wide = batch1.transpose(0, 1).reshape(rows, batch * depth)
-    tall = batch2.reshape(batch * depth, batch2.shape[2])
-    return torch.addmm(input, wide, tall, **factors._asdict())
+) -> tuple[Tensors, Params]:
+    return (batch1, batch2, input), read_sum(summed_form, input, batch1, batch2, beta, alpha)
 
 
 # ----------------------------------------------------------------------------------------- samples
@@ -160,12 +147,12 @@ composite(
     kernels=GEMM, formula="dx = beta * g; da = alpha * outer(g, v); dv = alpha * a.T @ g",
     samples=_addmv_samples, autocast={"cpu": "keep", "cuda": "lower"},
 )  # fmt: skip
-composite(
+register(product(
     "addbmm", torch.addbmm, T.addbmm,
-    bind=_bind_addbmm, value=_addbmm,
-    kernels=GEMM, formula="dx = beta * g; da = alpha * g @ b.mT; db = alpha * a.mT @ g",
-    samples=_addbmm_samples, autocast=LOWER,
-)  # fmt: skip
+    bind=_bind_addbmm, kernels=GEMM + SUMMED, backward_kernels=GEMM + REDUCTION + POINTWISE,
+    formula="dx = beta * g; da = alpha * g @ b.mT; db = alpha * a.mT @ g",
+    samples=_addbmm_samples, autocast=LOWER, opinfo=("addbmm",),
+))  # fmt: skip
 row(
     arithmetic, "addr", torch.addr, T.addr,
     bind=bind_addr,

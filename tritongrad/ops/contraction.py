@@ -2,7 +2,8 @@
 
 Two forms cover every rank. Where both operands are matrices, or batches of them, a product is
 
-    out[..., m, n] = alpha sum_k a[..., m, k] b[..., k, n]    ``Matrices``, the gemm kernel
+    out[..., m, n] = alpha sum_k a[..., m, k] b[..., k, n]    ``Matrices``, the gemm kernel,
+                                                              and those of a batch summed
 
 and where one is a vector it is a sum of elementwise products, limited by memory alone,
 
@@ -44,7 +45,8 @@ class Arithmetic(NamedTuple):
     """What the formulas below are evaluated with: kernels launched directly, or torch mathematics.
 
     Attributes:
-        matmul: product of matrices, times a number.
+        matmul: product of matrices, times a number, on request summed over the last dimension of
+            the batch.
         contract: ``(x * y).sum(dims)``, dims counting from the end; none for ``x * y``.
         sum_to: a tensor summed to the shape that it was broadcast from.
         scale: a tensor times a number.
@@ -76,12 +78,15 @@ def _launch_scale(tensor: Tensor, factor: Number) -> Tensor:
     return out
 
 
-def _matmul_rule(a: Tensor, b: Tensor, alpha: Number = 1) -> Tensor:
-    if alpha == 1:
+def _matmul_rule(a: Tensor, b: Tensor, alpha: Number = 1, summed: bool = False) -> Tensor:
+    if alpha == 1 and not summed:
         return torch.matmul(a, b)
     if launchable((a, b)):
-        return apply(CONTRACTION, Matrices(False, False, alpha), (a, b))
-    return torch.matmul(a, b) * alpha
+        return apply(CONTRACTION, Matrices(False, False, alpha, summed=summed), (a, b))
+    if summed:  # one product, of the matrices side by side
+        a, b = a.transpose(-3, -2).flatten(-2), b.flatten(-3, -2)
+    product = torch.matmul(a, b)
+    return product if alpha == 1 else product * alpha
 
 
 def _contraction_rule(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -98,8 +103,8 @@ def _sum_to_rule(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.sum(dims, keepdim=True).reshape(shape) if dims else tensor
 
 
-def _launch_matmul(a: Tensor, b: Tensor, alpha: Number = 1) -> Tensor:
-    return matmul.matrix_product(a, b, alpha=alpha)
+def _launch_matmul(a: Tensor, b: Tensor, alpha: Number = 1, summed: bool = False) -> Tensor:
+    return matmul.matrix_product(a, b, alpha=alpha, summed=summed)
 
 
 KERNELS = Arithmetic(_launch_matmul, _launch_contraction, _launch_sum_to, _launch_scale)
@@ -121,7 +126,7 @@ def rows(tensor: Tensor) -> Tensor:
 
 def _product(use: Arithmetic, params: Params, a: Tensor, b: Tensor) -> Tensor:
     if isinstance(params, Matrices):
-        return use.matmul(a, b, params.alpha)
+        return use.matmul(a, b, params.alpha, params.summed)
     return use.contract(a, b, params.dims)
 
 
@@ -153,6 +158,11 @@ def _gradients(
             db = _contract_to(use, specs[1].shape, g, a)
         return da, db, dc
     alpha = params.alpha
+    if needs[2:] == (True,):
+        dc = use.sum_to(g, specs[2].shape)
+        dc = dc if params.beta == 1 else use.scale(dc, params.beta)
+    if params.summed:
+        g = g.unsqueeze(-3)  # one for all of the products
     if needs[0]:
         da = use.sum_to(times(use, g, b.mT, params.a_transposed, alpha), specs[0].shape)
     if needs[1]:
@@ -162,9 +172,6 @@ def _gradients(
             db = times(use, rows(a).mT, rows(g), params.b_transposed, alpha).reshape(shape)
         else:
             db = use.sum_to(times(use, a.mT, g, params.b_transposed, alpha), shape)
-    if needs[2:] == (True,):
-        dc = use.sum_to(g, specs[2].shape)
-        dc = dc if params.beta == 1 else use.scale(dc, params.beta)
     return da, db, dc
 
 
@@ -191,7 +198,9 @@ def _forward(params: Params, a: Tensor, b: Tensor, added: Tensor | None = None) 
             added = None  # and the NaN in it
         if params.plan is not None:
             return matmul.run(params.plan, a, b, added)
-        return matmul.matrix_product(a, b, added, alpha=params.alpha, beta=params.beta)
+        return matmul.matrix_product(
+            a, b, added, alpha=params.alpha, beta=params.beta, summed=params.summed
+        )
     if params.plan is None:
         return _product(KERNELS, params, a, b)
     return reduction.run(params.plan, (a, b), a.dtype)
@@ -228,17 +237,23 @@ def _jvp(params: Params, tensors: Tensors, outputs: Tensors, tangents: Tensors) 
 
 def _vmap(info: Any, params: Params, tensors: Tensors, dims: tuple) -> tuple[Tensor, int]:
     # A batch of products is a product with one more dimension of batch.
-    pairs = [(t, d) for t, d in zip(tensors, dims, strict=True) if t is not None]
-    rank = max(t.dim() - (d is not None) for t, d in pairs)
+    ranks = [t.dim() - (d is not None) for t, d in zip(tensors, dims, strict=True) if t is not None]
+    rank = max(ranks[:2])
+    below = int(isinstance(params, Matrices) and params.summed)
+    if len(ranks) == 3:
+        rank = max(rank, ranks[2] + below)
+    moved = [
+        t if t is None else batch_first(t, d, rank if i < 2 else rank - below)
+        for i, (t, d) in enumerate(zip(tensors, dims, strict=True))
+    ]
     if len(dims) == 3 and dims[:2] == (None, None):
         # One product for all, whatever is added to it.
         assert isinstance(params, Matrices)
-        a, b, added = tensors
+        a, b, added = moved
         assert added is not None
-        added = batch_first(added, dims[2], rank)
         added = torch.zeros_like(added) if params.beta == 0 else added * params.beta
         return added + apply(CONTRACTION, params, (a, b)), 0
-    return apply(CONTRACTION, params, tuple([batch_first(t, d, rank) for t, d in pairs])), 0
+    return apply(CONTRACTION, params, tuple([t for t in moved if t is not None])), 0
 
 
 def backward_op(
@@ -347,6 +362,8 @@ def _cost(params: Params, a: Tensor, b: Tensor, added: Tensor | None = None) -> 
     if isinstance(params, Matrices):
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]).numel()
         results = batch * a.shape[-2] * b.shape[-1]
+        if params.summed:
+            depth, results = depth * a.shape[-3], results // max(a.shape[-3], 1)
     else:
         results = broadcast_shape((a, b)).numel() // max(depth, 1)
     elements = a.numel() + b.numel() + results + (0 if added is None else added.numel())
@@ -354,13 +371,14 @@ def _cost(params: Params, a: Tensor, b: Tensor, added: Tensor | None = None) -> 
 
 
 GEMM = ("gemm",)
+SUMMED = ("gemm_summed",)
 REDUCTION = ("reduce",)
 VECTOR_BACKWARD = ("pointwise_dense", "pointwise_strided", *REDUCTION)
 
 CONTRACTION = product(
     "contraction",
     bind=None,
-    kernels=GEMM + REDUCTION,
+    kernels=GEMM + SUMMED + REDUCTION,
     backward_kernels=GEMM + VECTOR_BACKWARD,
     formula="any product of either form: what the others become under vmap",
 )

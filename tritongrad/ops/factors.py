@@ -22,6 +22,7 @@ class Matrices(NamedTuple):
         a_transposed, b_transposed: the operand's columns are what lies dense in memory; its
             gradient is then laid out likewise, as torch's is.
         alpha, beta: factors of the product, and of what is added to it where there is something.
+        summed: over the last dimension of the batch, which both operands have.
         specs: of the operands, and
         plan: the launch for them; neither under a transform, where the kernel will meet others.
     """
@@ -30,6 +31,7 @@ class Matrices(NamedTuple):
     b_transposed: bool
     alpha: Number = 1
     beta: Number = 1
+    summed: bool = False
     specs: tuple[Spec, ...] | None = None
     plan: matmul.Plan | None = None
 
@@ -92,15 +94,17 @@ def read_sum(
     admit_alike(a, b, added)
     params = form(a.shape, a.stride(), b.shape, b.stride())
     assert isinstance(params, Matrices)
-    check_fits(added.shape, product_shape(a.shape, b.shape))
+    shape = product_shape(a.shape, b.shape)
+    check_fits(added.shape, shape[1:] if params.summed else shape)
     params = params._replace(alpha=alpha, beta=beta)
     if transforming():
         return params
     # What is not read has no strides either.
     read = matmul.Addend(added.shape, added.stride(), beta) if beta else None
     product = matmul.plan(
-        a.shape, a.stride(), b.shape, b.stride(), a.dtype, matmul.float32_precision(), alpha, read
-    )
+        a.shape, a.stride(), b.shape, b.stride(), a.dtype, matmul.float32_precision(), alpha, read,
+        summed=params.summed,
+    )  # fmt: skip
     return params._replace(
         specs=tuple([Spec(t.shape, t.dtype) for t in (a, b, added)]), plan=product
     )

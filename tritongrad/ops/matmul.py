@@ -54,6 +54,12 @@ def bmm_form(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Stride
     return _matrices(a, a_strides, b, b_strides)
 
 
+def summed_form(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
+    params = bmm_form(a, a_strides, b, b_strides)
+    assert isinstance(params, Matrices)
+    return params._replace(summed=True)
+
+
 def _matmul(a: torch.Size, a_strides: Strides, b: torch.Size, b_strides: Strides) -> Params:
     if not a or not b:
         raise Unsupported("0-dim operand")
