@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -115,5 +116,13 @@ def test_second_order_is_one_kernel(name: str) -> None:
         y = SECOND[name](x)
     g = torch.rand_like(y).requires_grad_()
     (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    seen: list[str] = []
+
+    def note(kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
+        seen.extend(str(getattr(f, "__name__", "")) for f in (kernel, *meta.values()))
+
+    with runtime.observe(note):
+        torch.autograd.grad(dx, (x, g), torch.rand_like(dx), retain_graph=True)
     _, count = launches(lambda: torch.autograd.grad(dx, (x, g), torch.rand_like(dx)))
     assert count == (2 if "softmax" in name else 1)
+    assert any("_bwd_bwd" in found for found in seen), seen
