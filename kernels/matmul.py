@@ -139,8 +139,7 @@ def gemm_summed(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`gemm`, of S products that are summed. A block of k and s together lies in one product, or
-    each of its elements finds its own."""
+    """`gemm`, of S products that are summed."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -160,34 +159,35 @@ def gemm_summed(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    first = tl.full((), 0, tl.int64 if WIDE else tl.int32)
     if WIDE:
         m, n, k = m.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
-    a_rows = a_ptr + m[:, None] * stride_am
-    b_columns = b_ptr + n[None, :] * stride_bn
-    if EVEN_K:
-        a_rows += k[None, :] * stride_ak
-        b_columns += k[:, None] * stride_bk
+    a_first = a_ptr + (m[:, None] * stride_am + k[None, :] * stride_ak)
+    b_first = b_ptr + (k[:, None] * stride_bk + n[None, :] * stride_bn)
     in_a = (m < M)[:, None]
     in_b = (n < N)[None, :]
 
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for start in range(0, S * K, BLOCK_K):
-        if EVEN_K:
-            s, within = (first + start) // K, (first + start) % K
-            a = tl.load(a_rows + (s * stride_as + within * stride_ak), mask=in_a, other=0)
-            b = tl.load(b_columns + (s * stride_bs + within * stride_bk), mask=in_b, other=0)
-        else:
-            s, within = (k + start) // K, (k + start) % K
-            inside = s < S
-            a_at = (s * stride_as + within * stride_ak)[None, :]
-            b_at = (s * stride_bs + within * stride_bk)[:, None]
-            a = tl.load(a_rows + a_at, mask=in_a & inside[None, :], other=0)
-            b = tl.load(b_columns + b_at, mask=in_b & inside[:, None], other=0)
-        if _INTERPRETED and a.dtype == tl.bfloat16:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    step = tl.full((), BLOCK_K, tl.int64 if WIDE else tl.int32)
+    one = tl.full((), 1, tl.int64 if WIDE else tl.int32)
+    # A loop for each product, whose addresses are those of the last block and a step: Triton loads
+    # ahead in it, which it does not where each block divides to find its product.
+    for s in range(0, S):
+        a_ptrs = a_first + s * one * stride_as
+        b_ptrs = b_first + s * one * stride_bs
+        for start in range(0, K, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(a_ptrs, mask=in_a, other=0)
+                b = tl.load(b_ptrs, mask=in_b, other=0)
+            else:
+                inside = k < K - start
+                a = tl.load(a_ptrs, mask=in_a & inside[None, :], other=0)
+                b = tl.load(b_ptrs, mask=in_b & inside[:, None], other=0)
+            if _INTERPRETED and a.dtype == tl.bfloat16:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+            a_ptrs += step * stride_ak
+            b_ptrs += step * stride_bk
 
     acc = combination(acc, alpha, added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n, beta)
     at = m[:, None] * N + n[None, :]
