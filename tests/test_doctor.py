@@ -27,7 +27,7 @@ V100 = Device("Tesla V100", "sm_70", (7, 0), 15.8)
 GPU = Findings(
     python="3.12.3",
     system="Linux",
-    versions={"tritongrad": "0.1.0", "torch": "2.11.0+cu130", "triton": "3.6.0", "numpy": None},
+    versions={"tritongrad": "0.1.0", "torch": "2.11.0+cu130", "triton": "3.7.1", "numpy": None},
     platform="cuda",
     platform_version="13.0",
     driver="580.82",
@@ -51,7 +51,7 @@ LAPTOP = dataclasses.replace(
     ("healthy", "change", "what", "remedy"),
     [
         (GPU, {"versions": GPU.versions | {"torch": "2.10.1"}}, "torch 2.10.1 is older", "2.11"),
-        (GPU, {"versions": GPU.versions | {"triton": "3.5.0"}}, "triton 3.5.0 is older", "3.6"),
+        (GPU, {"versions": GPU.versions | {"triton": "3.6.0"}}, "triton 3.6.0 is older", "3.7"),
         (GPU, {"interpreted": True}, "interpreted although", "unset TRITON_INTERPRET"),
         (LAPTOP, {"interpreted": False}, "interpreter is off", "unset TRITON_INTERPRET"),
         (LAPTOP, {"gpus": 2}, "2 GPUs, but this is torch's CPU build", "pytorch.org"),

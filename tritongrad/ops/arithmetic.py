@@ -231,6 +231,7 @@ pointwise(
 pointwise(
     "square", *spelled("square"),
     bind=unary_bind(False), rules={"x": lambda g, x: g * (2 * x)},
+    autocast={"cuda": "float32"},  # torch's is pow
 )  # fmt: skip
 pointwise(
     "reciprocal", *spelled("reciprocal"),

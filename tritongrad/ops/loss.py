@@ -226,6 +226,8 @@ def _look_at_probabilities(
     params: Params, input: Tensor, target: Tensor, *_: Tensor | None
 ) -> None:
     if input.device.type != "cpu":
+        if torch.is_autocast_enabled(input.device.type):
+            raise Unsupported("under autocast, where torch calls it unsafe")
         return  # where torch's kernel traps, and the result here is NaN
     for tensor in map(values, (input, target)):
         if tensor.numel():

@@ -292,6 +292,7 @@ composite(
     "inner", torch.inner, T.inner,
     bind=_bind_inner, value=_inner,
     kernels=GEMM + REDUCTION, formula="dx = g @ y; dy = g.T @ x", samples=_inner_samples,
+    autocast={"cuda": "promote"},  # torch's is tensordot
 )  # fmt: skip
 composite(
     "tensordot", torch.tensordot,
