@@ -19,6 +19,7 @@ from torch import Tensor
 from tritongrad import runtime, tuning
 from tritongrad.op import OPS, Op, select
 
+from .terminal import add_json_option, write_json
 from .workloads import ROWS, SIZES, Size, Unscalable, at, recipe
 
 KERNELS = frozenset(
@@ -54,6 +55,13 @@ def _call(op: Op, how: Any, size: Size, dtype: torch.dtype, device: str) -> Call
     return run
 
 
+def told(call: str, choice: tuning.Choice) -> dict[str, Any]:
+    """A row of ``--json``."""
+    times = [{"configuration": list(c), "ms": ms} for c, ms in choice.times.items()]
+    taken = {"before": list(choice.before), "fastest": list(choice.fastest)}
+    return {"call": call, **choice.problem._asdict(), **taken, "times": times}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tune. Returns the exit status: 2 where there is no GPU to tune for."""
     parser = argparse.ArgumentParser(prog="compare tune", description=__doc__)
@@ -61,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="OP", help="an op")
     parser.add_argument("--size", action="append", choices=[*ROWS, *SIZES], help="default: ROWS")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: both")
+    add_json_option(parser)
     options = parser.parse_args(arguments)
     try:
         names = select("--only", options.only or [n for n in OPS if KERNELS & {*OPS[n].kernels}])
@@ -73,12 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tuning.load(options.file)
     sizes = [{**SIZES, **ROWS}[name] for name in options.size or ROWS]
     dtypes = [getattr(torch, name) for name in options.dtype or DTYPES]
+    rows: list[dict[str, Any]] = []
     for name, run in calls([OPS[n] for n in sorted(names)], sizes, dtypes, "cuda"):
         try:
-            print(f"{name}: {tuning.tune(run)}", flush=True)
+            tuned = tuning.tune(run)
+            print(f"{name}: {tuned}", flush=True)
+            rows += [told(name, choice) for choice in tuned]
         except (Unscalable, torch.OutOfMemoryError) as problem:
             print(f"{name}: {problem}", file=sys.stderr)
         tuning.save(options.file)  # each time: what was found is not lost to what comes after it
+    if options.json is not None:
+        write_json(options.json, rows)
     return 0
 
 

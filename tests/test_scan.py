@@ -66,6 +66,7 @@ SHAPES = {
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small blocks, and rows shared whenever they have two: what long rows meet on a GPU."""
     monkeypatch.setattr(launcher.k, "TILE", 32)
+    monkeypatch.setattr(launcher, "HALVED", None)
     monkeypatch.setattr(launcher.k, "ROW_BLOCK", 4)
     monkeypatch.setattr(launcher, "LEAST_STEPS", 2)
     monkeypatch.setattr(launcher, "PROGRAMS_PER_PROCESSOR", 64)

@@ -24,7 +24,7 @@ import torch
 from . import runtime
 from .op import OPS
 
-MINIMUM = {"torch": (2, 11), "triton": (3, 6)}
+MINIMUM = {"torch": (2, 11), "triton": (3, 7)}
 """The oldest versions that tritongrad runs with."""
 
 CAPABILITY = (8, 0)

@@ -31,6 +31,11 @@ from .reduction import PROGRAMS_PER_PROCESSOR, processors_of
 LEAST_STEPS = 16
 """Blocks of a row below which sharing it does not pay two more launches."""
 
+HALVED: torch.dtype | None = torch.float64
+"""Results of which a tile has half as many: of 8 numbers a thread that are stored as they are
+computed, ptxas spills some, to keep what it takes to be enough warps resident. Not of recurrences,
+which it gives all registers."""
+
 ACCUMULATED = COMPUTE_DTYPE | {torch.float32: torch.float64}
 """Result dtype -> the dtype it is scanned in. float32 in float64, as torch's on the CPU: elements
 near zero would keep nothing of the large sums on the way to them, and memory is what takes time."""
@@ -111,12 +116,14 @@ def _plan(
     rows, length = math.prod(sizes), shape[dim]
     along = [s[dim] for s in walks]
 
+    half = element is HALVED and len(kind.identity) == 1
+    tile = k.TILE // 2 if half else k.TILE
     if 0 < abs(along[0]) <= abs(in_rows[0][0]) or rows == 1:
-        block = min(next_power_of_two(length), k.TILE)
-        block_rows = min(next_power_of_two(rows), k.TILE // block)
+        block = min(next_power_of_two(length), tile)
+        block_rows = min(next_power_of_two(rows), tile // block)
     else:
         block_rows = min(next_power_of_two(rows), k.ROW_BLOCK)
-        block = min(next_power_of_two(length), k.TILE // block_rows)
+        block = min(next_power_of_two(length), tile // block_rows)
     blocks, row_tiles = -(-length // block), -(-rows // block_rows)
     parts = 1
     if blocks >= LEAST_STEPS:
@@ -143,9 +150,6 @@ def _plan(
         "WIDE": max(*reaches, shape.numel()) > INT32_MAX - k.TILE,
         "BLOCK_ROWS": block_rows,
         "BLOCK": block,
-        # A thread has 8 numbers of a whole tile, and registers for 4 of 8 bytes that are stored as
-        # they are: of more, ptxas spills some to keep what it takes to be enough warps resident.
-        "num_warps": 8 if element is torch.float64 and block_rows * block == k.TILE else 4,
     }
     return Plan(geometry, rows, (row_tiles * parts,), parts, meta)
 
