@@ -410,3 +410,17 @@ def test_nothing_is_saved_for_a_sum() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rerouted(lambda x: (x.sum(), x.mean(0)), x)
     assert not saved
+
+
+@pytest.mark.parametrize("shape", [(0, 300_000), (300_000, 0), (2, 0, 300_000)], ids=str)
+def test_no_rows_of_many_elements(shape: tuple[int, ...]) -> None:
+    """Long enough that several programs would share each row, of which there are none."""
+    dim = shape.index(300_000)
+    for function in (torch.sum, torch.amax, torch.logsumexp, torch.linalg.vector_norm):
+        x = torch.zeros(shape, device=DEVICE, requires_grad=True)
+        with tritongrad.use() as session:
+            found = function(x, dim=dim)
+        assert session.ran, function
+        assert_same(found, function(x, dim=dim))
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert gradient.shape == x.shape

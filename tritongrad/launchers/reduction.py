@@ -176,7 +176,7 @@ def _plan(
     steps = -(-length // block_columns) * (columns // max(length, 1))
     row_tiles = -(-rows // block_rows)
     parts = 1
-    if steps >= LEAST_STEPS:
+    if row_tiles and steps >= LEAST_STEPS:
         parts = max(1, min(steps, processors * PROGRAMS_PER_PROCESSOR // row_tiles))
     span = -(-steps // parts)
     parts = max(1, -(-steps // max(span, 1)))
