@@ -60,10 +60,31 @@ def combination(acc, alpha, added_ptr, m, n, in_m, in_n, stride_m, stride_n, bet
 
 
 @triton.jit
+def multiplied(
+    acc, a_ptrs, b_ptrs, in_a, in_b, k, K, a_step, b_step,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`acc` and the product of a row of tiles of a and a column of tiles of b."""
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=in_a, other=0)
+            b = tl.load(b_ptrs, mask=in_b, other=0)
+        else:
+            a = tl.load(a_ptrs, mask=in_a & (k < K - start)[None, :], other=0)
+            b = tl.load(b_ptrs, mask=in_b & (k < K - start)[:, None], other=0)
+        if _INTERPRETED and a.dtype == tl.bfloat16:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        a_ptrs += a_step
+        b_ptrs += b_step
+    return acc
+
+
+@triton.jit
 def gemm(
     c_ptr, a_ptr, b_ptr, added_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, batch_shape, a_batch_strides, b_batch_strides,
-    added_batch_strides, stride_added_m, stride_added_n, beta, alpha,
+    added_batch_strides, stride_added_m, stride_added_n, beta, alpha, S, stride_as, stride_bs,
     bias_ptr, stride_bias, z_ptr,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, EPILOGUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -71,6 +92,7 @@ def gemm(
     """One tile of one c, which is dense. `batch_shape` and the batch strides are innermost first.
     Strides that `added` is broadcast along are None, and so are factors of 1. EPILOGUE is a device
     function of pointwise.py's kind, or None; `z` is what it is applied to, laid out as c, or None.
+    `S` is the number of products that are summed, or None: one.
 
     Tiles at the edges are masked. That costs no vector access: a bound that is not divisible by 16
     is the length of rows that begin at unaligned addresses anyway.
@@ -107,18 +129,20 @@ def gemm(
 
     ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_ptrs, mask=in_a, other=0)
-            b = tl.load(b_ptrs, mask=in_b, other=0)
-        else:
-            a = tl.load(a_ptrs, mask=in_a & (k < K - start)[None, :], other=0)
-            b = tl.load(b_ptrs, mask=in_b & (k < K - start)[:, None], other=0)
-        if _INTERPRETED and a.dtype == tl.bfloat16:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-        a_ptrs += step * stride_ak
-        b_ptrs += step * stride_bk
+    a_step, b_step = step * stride_ak, step * stride_bk
+    if S is None:
+        acc = multiplied(
+            acc, a_ptrs, b_ptrs, in_a, in_b, k, K, a_step, b_step, PRECISION, EVEN_K, BLOCK_K
+        )
+    else:
+        # A loop for each, in which Triton loads ahead. It does not where each block divides to find
+        # the product that it is in, which was measured at a fiftieth of the floor.
+        one = tl.full((), 1, tl.int64 if WIDE else tl.int32)
+        for s in range(0, S):
+            a_own, b_own = a_ptrs + s * one * stride_as, b_ptrs + s * one * stride_bs
+            acc = multiplied(
+                acc, a_own, b_own, in_a, in_b, k, K, a_step, b_step, PRECISION, EVEN_K, BLOCK_K
+            )
 
     acc = combination(acc, alpha, added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n, beta)
     if bias_ptr is not None:
@@ -128,67 +152,4 @@ def gemm(
         tl.store(z_ptr + at, acc.to(z_ptr.dtype.element_ty), mask=in_a & in_b)
     if EPILOGUE is not None:
         acc = EPILOGUE(acc)[0]
-    tl.store(c_ptr + at, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)
-
-
-@triton.jit
-def gemm_summed(
-    c_ptr, a_ptr, b_ptr, added_ptr, M, N, K,
-    stride_am, stride_ak, stride_bk, stride_bn, batch_shape, a_batch_strides, b_batch_strides,
-    added_batch_strides, stride_added_m, stride_added_n, beta, alpha, S, stride_as, stride_bs,
-    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """`gemm`, of S products that are summed."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    batch = program // (tiles_m * tiles_n)
-    tile_m, tile_n = tile_in_group(program % (tiles_m * tiles_n), tiles_m, tiles_n)
-
-    rest = batch.to(tl.int64)
-    c_ptr += rest * M * N
-    for d in tl.static_range(len(batch_shape)):
-        index = rest % batch_shape[d]
-        rest = rest // batch_shape[d]
-        a_ptr += index * a_batch_strides[d]
-        b_ptr += index * b_batch_strides[d]
-        if added_ptr is not None:
-            added_ptr += index * added_batch_strides[d]
-
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        m, n, k = m.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
-    a_first = a_ptr + (m[:, None] * stride_am + k[None, :] * stride_ak)
-    b_first = b_ptr + (k[:, None] * stride_bk + n[None, :] * stride_bn)
-    in_a = (m < M)[:, None]
-    in_b = (n < N)[None, :]
-
-    ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    step = tl.full((), BLOCK_K, tl.int64 if WIDE else tl.int32)
-    one = tl.full((), 1, tl.int64 if WIDE else tl.int32)
-    # A loop for each product, whose addresses are those of the last block and a step: Triton loads
-    # ahead in it, which it does not where each block divides to find its product.
-    for s in range(0, S):
-        a_ptrs = a_first + s * one * stride_as
-        b_ptrs = b_first + s * one * stride_bs
-        for start in range(0, K, BLOCK_K):
-            if EVEN_K:
-                a = tl.load(a_ptrs, mask=in_a, other=0)
-                b = tl.load(b_ptrs, mask=in_b, other=0)
-            else:
-                inside = k < K - start
-                a = tl.load(a_ptrs, mask=in_a & inside[None, :], other=0)
-                b = tl.load(b_ptrs, mask=in_b & inside[:, None], other=0)
-            if _INTERPRETED and a.dtype == tl.bfloat16:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-            a_ptrs += step * stride_ak
-            b_ptrs += step * stride_bk
-
-    acc = combination(acc, alpha, added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n, beta)
-    at = m[:, None] * N + n[None, :]
     tl.store(c_ptr + at, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)

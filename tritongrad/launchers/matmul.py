@@ -146,7 +146,6 @@ class Plan(NamedTuple):
         grid: None if the result is empty.
         geometry: the kernel's arguments after its pointers.
         meta: its constexprs.
-        kernel: ``gemm``, or ``gemm_summed``, which has no activation and no bias.
     """
 
     shape: torch.Size
@@ -154,7 +153,6 @@ class Plan(NamedTuple):
     grid: tuple[int] | None
     geometry: tuple[Any, ...]
     meta: dict[str, Any]
-    kernel: Any = k.gemm
 
 
 @lru_cache(maxsize=4096)
@@ -224,7 +222,7 @@ def plan(
     meta = {
         "PRECISION": precision,
         "EVEN_K": depth % tile.k == 0,
-        **({} if parts else {"EPILOGUE": epilogue}),
+        "EPILOGUE": epilogue,
         "WIDE": max(m * n, a_reach, b_reach, added_reach) > INT32_MAX,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
@@ -236,11 +234,9 @@ def plan(
         m, n, depth, stride_am, stride_ak, stride_bk, stride_bn,
         tuple(sizes), tuple(a_batch), tuple(b_batch),
         tuple(added_batch), stride_dm or None, stride_dn or None,
-        _factor(addend.beta, dtype), _factor(alpha, dtype),
+        _factor(addend.beta, dtype), _factor(alpha, dtype), *(parts or (None, None, None)),
     )  # fmt: skip
-    grid = (batch * -(-m // tile.m) * -(-n // tile.n),)
-    kernel = k.gemm_summed if parts else k.gemm
-    return Plan(shape, strides, grid, (*geometry, *parts), meta, kernel)
+    return Plan(shape, strides, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
 
 
 def _side_by_side(
@@ -324,7 +320,6 @@ def _launch(
     z: Tensor | None,
 ) -> None:
     if plan.grid is not None:
-        args = (out, a, b, added, *plan.geometry)
-        if plan.kernel is k.gemm:
-            args += (bias, None if bias is None else bias.stride(0), z)
-        launch_prepared(plan.kernel, plan.grid, args, out, plan.meta)
+        stride = None if bias is None else bias.stride(0)
+        args = (out, a, b, added, *plan.geometry, bias, stride, z)
+        launch_prepared(k.gemm, plan.grid, args, out, plan.meta)

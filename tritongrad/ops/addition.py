@@ -18,7 +18,7 @@ from ..kernels import arithmetic
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .composite import POINTWISE, composite
-from .contraction import GEMM, REDUCTION, SUMMED, product
+from .contraction import GEMM, REDUCTION, product
 from .factors import Params, admit_alike, check_factors, check_fits, read_sum
 from .matmul import LOWER, bmm_form, mm_form, summed_form
 from .rows import row
@@ -149,7 +149,7 @@ composite(
 )  # fmt: skip
 register(product(
     "addbmm", torch.addbmm, T.addbmm,
-    bind=_bind_addbmm, kernels=GEMM + SUMMED, backward_kernels=GEMM + REDUCTION + POINTWISE,
+    bind=_bind_addbmm, kernels=GEMM, backward_kernels=GEMM + REDUCTION + POINTWISE,
     formula="dx = beta * g; da = alpha * g @ b.mT; db = alpha * a.mT @ g",
     samples=_addbmm_samples, autocast=LOWER, opinfo=("addbmm",),
 ))  # fmt: skip

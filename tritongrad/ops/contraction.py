@@ -371,14 +371,13 @@ def _cost(params: Params, a: Tensor, b: Tensor, added: Tensor | None = None) -> 
 
 
 GEMM = ("gemm",)
-SUMMED = ("gemm_summed",)
 REDUCTION = ("reduce",)
 VECTOR_BACKWARD = ("pointwise_dense", "pointwise_strided", *REDUCTION)
 
 CONTRACTION = product(
     "contraction",
     bind=None,
-    kernels=GEMM + SUMMED + REDUCTION,
+    kernels=GEMM + REDUCTION,
     backward_kernels=GEMM + VECTOR_BACKWARD,
     formula="any product of either form: what the others become under vmap",
 )
