@@ -154,6 +154,43 @@ def test_an_op_with_a_schema_stays_ours() -> None:
     assert not any("tritongrad" in name for name in nodes_of(affine, *inputs))
 
 
+SPELLINGS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: torch.softmax(x, 1),
+    lambda x: x.softmax(-1, torch.float64),
+    lambda x: torch.special.softmax(x, dim=0, dtype=torch.float64),
+    lambda x: F.softmax(x, dim=1),
+    lambda x: F.softmax(x, -2, 3, torch.float64),
+    torch.nn.Softmax(1),
+    lambda x: torch.log_softmax(x, dim=1),
+    lambda x: x.log_softmax(0),
+    lambda x: torch.special.log_softmax(x, 1),
+    lambda x: F.log_softmax(x, 1, dtype=torch.float64),
+    lambda x: F.layer_norm(x, x.shape[1:]),
+    lambda x: torch.layer_norm(x, x.shape[1:], None, None, 1e-3, False),
+    lambda x: torch.rms_norm(x, x.shape[1:], eps=1e-3),
+]
+
+
+@pytest.mark.parametrize("function", SPELLINGS, ids=range(len(SPELLINGS)))
+def test_an_op_stays_ours_by_any_of_its_names(function: Callable[[Tensor], Tensor]) -> None:
+    x = Random(torch.float32, DEVICE)(5, 7)
+    expected = function(x)
+    (slope,) = torch.autograd.grad(expected.sin().sum(), x)
+    with tritongrad.use():
+        (node,) = (name for name in nodes_of(function, x) if "getitem" not in name)
+        torch._dynamo.reset()
+        result = compiled(function)(x)
+    assert node.startswith("tritongrad.")
+    assert_same(result, expected)
+    (ours,) = torch.autograd.grad(result.sin().sum(), x)
+    assert_same(ours, slope)
+
+
+def test_softmax_of_no_dim_compiles_as_torchs() -> None:
+    with tritongrad.use(), pytest.warns(UserWarning, match="Implicit dimension"):
+        assert not any("tritongrad" in n for n in nodes_of(F.softmax, affine_inputs()[0]))
+
+
 def test_kernels_run_in_the_compiled_program() -> None:
     inputs = affine_inputs()
     launches: list[str] = []

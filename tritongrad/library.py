@@ -29,15 +29,32 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def call(op: Op, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     """What a compiler that is tracing shall see of ``func(*args, **kwargs)``. Traced itself."""
-    if (
-        op.schema is not None
-        and func is op.replaces[0]
-        and _eligible(args, kwargs)
-        and (op.compiles is None or op.compiles(*args, **kwargs))
-    ):
-        result = getattr(torch.ops.tritongrad, op.name)(*args, **kwargs)
-        return result if op.returns is None else op.returns(result)
-    return func(*args, **kwargs)
+    if op.schema is None or not _eligible(args, kwargs):
+        return func(*args, **kwargs)
+    written, named = args, kwargs
+    if func is not op.replaces[0]:
+        place = _place(op, func)
+        spelled = None if place is None else op.spellings[place][1](*args, **kwargs)
+        if spelled is None:
+            return func(*args, **kwargs)
+        written, named = spelled, {}
+    if op.compiles is not None and not op.compiles(*written, **named):
+        return func(*args, **kwargs)
+    result = getattr(torch.ops.tritongrad, op.name)(*written, **named)
+    return result if op.returns is None else op.returns(result)
+
+
+def _place(op: Op, func: Callable[..., Any]) -> int | None:
+    """That of ``func`` among the op's spellings."""
+    for place, (known, _) in enumerate(op.spellings):
+        if known is func:
+            return place
+    return None
+
+
+# Looked up while it is traced, as names of ops are (reroute.py). A place and not what is there,
+# because Dynamo calls no function that it cannot say the origin of.
+_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _transforming() -> bool:

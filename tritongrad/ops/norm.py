@@ -108,6 +108,26 @@ def _bind_rms_norm(
     return read(input, normalized_shape, (weight,), epsilon(input, eps), False)
 
 
+def _spelled_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> tuple:
+    return input, normalized_shape, weight, bias, eps
+
+
+def _spelled_rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple:
+    return input, normalized_shape, weight, eps
+
+
 def epsilon(input: Tensor, eps: float | None) -> float:
     admit(input)
     if eps is not None or input.dtype not in FLOATING:
@@ -173,6 +193,7 @@ def _norm(
     samples: Callable[[Make], Iterator[Sample]],
     schema: str,
     formula: str,
+    spell: Callable[..., tuple],
     variants: Mapping[Callable[..., Any], Bind] | None = None,
 ) -> Op:
     """Make and register one of the two."""
@@ -208,6 +229,7 @@ def _norm(
         # Of the CPU's lists it is in none.
         autocast={"cuda": "float32"},
         schema=schema,
+        spellings=tuple([(function, spell) for function in (*targets[1:], *(variants or {}))]),
         opinfo=(f"nn.functional.{name}",),
         kernels=KERNELS[:1],
         formula=formula,
@@ -262,14 +284,14 @@ def _rms_norm_samples(make: Make) -> Iterator[Sample]:
 LAYER_NORM = _norm(
     "layer_norm", F.layer_norm,
     variants={torch.layer_norm: _bind_torch_layer_norm},
-    bind=_bind_layer_norm, arity=3, samples=_layer_norm_samples,
+    bind=_bind_layer_norm, spell=_spelled_layer_norm, arity=3, samples=_layer_norm_samples,
     schema="(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05) -> Tensor",
     formula="dx = r (u - E u - xh E[u xh]), u = g w; dw = sum of g xh; db = sum of g",
 )  # fmt: skip
 RMS_NORM = _norm(
     "rms_norm", F.rms_norm, torch.rms_norm,
-    bind=_bind_rms_norm, arity=2, samples=_rms_norm_samples,
+    bind=_bind_rms_norm, spell=_spelled_rms_norm, arity=2, samples=_rms_norm_samples,
     schema="(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) "
     "-> Tensor",
     formula="dx = r (u - xh E[u xh]), u = g w; dw = sum of g xh",

@@ -352,6 +352,12 @@ def _make(
         forward=forward,
         replaces=targets,
         variants=variants(read),
+        schema="(Tensor input, int dim, ScalarType? dtype=None) -> Tensor",
+        compiles=lambda input, dim, dtype=None: type(dim) is int,
+        spellings=(
+            *[(function, _spelled) for function in targets[1:]],
+            *[(function, _spelled_functional) for function in variants(read)],
+        ),
         saves=lambda params, needs: (1,),
         specs=operator.attrgetter("specs"),
         rule=rule,
@@ -380,6 +386,21 @@ def _functional(read: Any) -> Bind:
         return (input,), read(input, dim, dtype)
 
     return bind
+
+
+def _spelled(
+    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
+) -> tuple | None:
+    return None if dim is None else (input, dim, dtype)
+
+
+def _spelled_functional(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> tuple | None:
+    return _spelled(input, dim, dtype)
 
 
 def _cost(params: Params, x: Tensor) -> tuple[int, int]:
