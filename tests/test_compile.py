@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 import tritongrad
 from tritongrad.op import OPS, Op
+from tritongrad.reroute import HARMLESS, OPERATOR
 from tritongrad.sampling import Random, Sample, clone, tensors
 
 
@@ -203,6 +204,27 @@ def test_kernels_run_in_the_compiled_program() -> None:
         value.backward()
     assert forward > 0
     assert len(launches) > forward
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_session_counts_what_compiled_code_ran(backend: str) -> None:
+    """Library ops as calls on Triton, torch's operators as what they are."""
+    x, w, b = affine_inputs()
+    run = torch.compile(lambda x: F.softmax(F.linear(x, w, b), -1).exp(), backend=backend)
+    with tritongrad.use() as session:
+        run(x).sum().backward()
+    by_name = {"exp", "sum"} if backend == "eager" else {"sum"}
+    assert session.ran == dict.fromkeys(["linear", "softmax", *by_name], 1)
+    reasons = {reason for _, reason in session.fell_back} - HARMLESS
+    assert reasons == (set() if backend == "eager" else {OPERATOR})
+
+
+def test_a_session_counts_what_a_library_op_leaves_to_torch() -> None:
+    x = torch.ones(2, dtype=torch.int64, device=DEVICE)
+    with tritongrad.use() as session:
+        torch.ops.tritongrad.linear(x, x)
+    assert not session.ran
+    assert {name for name, _ in session.fell_back} == {"torch.nn.functional.linear"}
 
 
 def test_operators_compile_as_they_are_written() -> None:

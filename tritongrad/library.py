@@ -84,6 +84,7 @@ def _eligible(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 def define(op: Op) -> None:
     """Define the library op of ``op``, which has a schema, and that of its backward."""
+    from .dispatch import torch_name
     from .function import vjp
 
     assert op.schema is not None
@@ -123,12 +124,17 @@ def define(op: Op) -> None:
         return (*args, *defaults[len(args) :])
 
     def forward(*args: Any) -> Any:
+        session = runtime.local.session
         try:
             tensors, params = bind(*args)
-        except Unsupported:
+        except Unsupported as reason:
             if op.returns is not None:
                 raise  # torch's function has other results
+            if session is not None:
+                session._count_fall_back(torch_name(op.replaces[0]), str(reason))
             return native(*args)
+        if session is not None:
+            session._count_run(name)
         result = compute(params, *tensors)
         if type(result) is tuple:
             result = result[: op.outputs]

@@ -24,6 +24,8 @@ MOVES = "moves data, no arithmetic"
 CREATES = "creates a tensor"
 NO_FLOATS = "result is not floating-point"
 
+OPERATOR = "an operator of torch.ops, as compiled code calls them"
+
 UNCHANGED = "its result is its input"
 
 HARMLESS = frozenset((MOVES, CREATES, NO_FLOATS, UNCHANGED))
@@ -59,8 +61,9 @@ def _has_tensor(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(map(_has_tensor, value))
 
 
-def why_not(name: str, args: tuple, kwargs: dict[str, Any], result: Any) -> str:
-    """Reason why a call named ``name``, which is in no op's record, ran on torch."""
+def why_not(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> str:
+    """Reason why a call of ``func``, which is in no op's record, ran on torch."""
+    namespace, name = _operator(func)
     if name in _MOVING or name.startswith("new_") or name.endswith("_like"):
         return CREATES if name.endswith("_like") or name.startswith("new_") else MOVES
     if kwargs.get("out") is not None:
@@ -73,7 +76,17 @@ def why_not(name: str, args: tuple, kwargs: dict[str, Any], result: Any) -> str:
         return NO_FLOATS
     if not any(map(_has_tensor, args)) and not any(map(_has_tensor, kwargs.values())):
         return CREATES
-    return "no kernel"
+    return OPERATOR if namespace else "no kernel"
+
+
+def _operator(func: Any) -> tuple[str, str]:
+    """Namespace and name of an operator of torch.ops; no namespace of any other function."""
+    if isinstance(func, torch._ops.OpOverload):
+        func = func.overloadpacket
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        namespace, _, name = func._qualified_op_name.partition("::")
+        return namespace, name
+    return "", func.__name__
 
 
 _INPLACE_OPERATORS = frozenset(
@@ -126,7 +139,9 @@ class _Rerouting(TorchFunctionMode):
         try:
             if target is None:
                 result = func(*args, **kwargs)
-                reason = why_not(func.__name__, args, kwargs, result)
+                if _operator(func)[0] == library.NAMESPACE:
+                    return result  # which counts itself
+                reason = why_not(func, args, kwargs, result)
                 self.session._count_fall_back(torch_name(func), reason)
                 return result
             op, bind = target
