@@ -168,6 +168,15 @@ def _own_numbers(op: Op, bind: Bind, function: Callable[..., Any]) -> Callable[.
     return native
 
 
+if torch.cuda.is_available():
+    # CUDA's are of float32's 1 / 6 in float64 too.
+    STAND_INS[F.hardsigmoid] = lambda input: torch.where(
+        (input > -3) & (input < 3), input / 6 + 0.5, (input.detach() + 3).clamp(0, 6) / 6
+    )
+    STAND_INS[F.hardswish] = lambda input: torch.where(
+        input < 3, torch.where(input <= -3, input * 0, input * (input / 6 + 0.5)), input
+    )
+
 STAND_INS |= {
     function: _own_numbers(op, bind, function)
     for function, (op, bind) in TARGETS.items()

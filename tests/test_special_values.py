@@ -28,6 +28,7 @@ from torch.autograd import forward_ad as fwAD
 
 from tritongrad.dispatch import positional
 from tritongrad.op import OPS
+from tritongrad.runtime import INTERPRETED
 from tritongrad.sampling import Sample, tensors
 
 TINY, LEAST, HUGE = 2.2250738585072014e-308, 5e-324, 1.7e308
@@ -382,6 +383,8 @@ def test_structured(name: str, pattern: str) -> None:
     if pattern == "large" and name in CHAINS:
         pytest.skip("a product of three is a sum of overflows, infinite unless fused to the sum")
     left_out, _ = NOT_COMPARED.get((name, pattern), ((), ""))
+    if not INTERPRETED and name in ("rms_norm", "add_rms_norm") and "infinite" in pattern:
+        pytest.skip("torch's fused kernel on a GPU has NaN where its definition has 0")
     for call in distinct(name):
         low, high, instead = DOMAIN.get(name, (-inf, inf, nan))
         numbers = numbers.clamp(low, high).nan_to_num(instead, inf, -inf)

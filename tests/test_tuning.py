@@ -252,6 +252,8 @@ def test_what_accumulates_is_left_out() -> None:
 
 
 def test_what_writes_over_an_operand_has_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "linear_cross_entropy" not in tritongrad.OPS:
+        pytest.skip("torch has no linear_cross_entropy before 2.13")
     x, target = make(16, 400), labels(16, 400)
     in_place = EXTENSIONS["cross_entropy"]
 

@@ -128,6 +128,9 @@ def _spelled_rms_norm(
     return input, normalized_shape, weight, eps
 
 
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+
 def epsilon(input: Tensor, eps: float | None) -> float:
     admit(input)
     if eps is not None or input.dtype not in FLOATING:
@@ -226,8 +229,8 @@ def _norm(
         backward=backward_op(name, layout),
         jvp=jvp,
         vmap=lambda info, params, tensors, dims: vmap_rows(op, info, params, tensors, dims, 1),
-        # Of the CPU's lists it is in none.
-        autocast={"cuda": "float32"},
+        # Of the CPU's lists it is in none, and rms_norm of CUDA's since torch 2.12.
+        autocast={"cuda": "float32"} if _has_kernel(f"aten::{name}", "AutocastCUDA") else {},
         schema=schema,
         spellings=tuple([(function, spell) for function in (*targets[1:], *(variants or {}))]),
         opinfo=(f"nn.functional.{name}",),
