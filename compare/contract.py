@@ -46,6 +46,8 @@ class Contract:
         deterministic: whether twice the same call gives the same bits.
         kernels: Triton kernels of forward and backward.
         derivative: the formula.
+        source: where that is from.
+        differs: where numbers are not torch's on purpose.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Contract:
     deterministic: bool
     kernels: tuple[str, ...]
     derivative: str
+    source: str
+    differs: str
 
 
 def contract(op: Op) -> Contract:
@@ -76,6 +80,8 @@ def contract(op: Op) -> Contract:
         deterministic=not any("atomic_" in kernel_files()[kernel] for kernel in used),
         kernels=used,
         derivative=op.formula,
+        source=op.sources,
+        differs=op.differs,
     )
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import tritongrad
 import tritongrad as tg
+from tritongrad.namespace import public
 from tritongrad.op import OPS, TARGETS, register
 from tritongrad.reroute import HARMLESS
 from tritongrad.sampling import Random
@@ -288,6 +289,19 @@ def test_the_namespace_has_all_of_torchs() -> None:
     assert tg.mode is torch.mode
     assert tg.ops.aten.mul is torch.ops.aten.mul
     assert tg.Tensor is Tensor
+
+
+def test_documentation_says_what_differs_and_where_a_formula_is_from() -> None:
+    telling = {name for name, op in OPS.items() if op.differs}
+    assert telling >= {"celu", "cross_entropy", "dropout", "embedding", "layer_norm"}
+    for module in (torch, F):
+        for name, func in vars(module).items():
+            op, _ = TARGETS.get(func, (None, None)) if callable(func) else (None, None)
+            if op is not None:
+                text = public(func).__doc__
+                assert text.count(op.differs) >= 1, name
+                assert ("Not torch's on purpose" in text) == (op.name in telling)
+                assert not op.differentiable or f"({op.sources})" in text
 
 
 def test_the_namespace_has_our_functions_where_we_have_them() -> None:

@@ -21,17 +21,19 @@ def public(func: Callable[..., Any]) -> Callable[..., Any]:
     function.__module__ = "tritongrad"
     function.__signature__ = inspect.signature(bind)
     order = "any" if op.max_order is None else str(op.max_order)
-    derivative = f"Derivative: {op.formula}, to {order} order." if op.differentiable else ""
+    parts = [f"Derivative: {op.formula}, to {order} order ({op.sources})."] * op.differentiable
+    parts += [f"Not torch's on purpose: {op.differs}"] * bool(op.differs)
+    contract = "\n".join(parts)
     documentation = inspect.getdoc(func) or ""
     if EXTENSIONS.get(func.__name__) is func:
         function.__doc__ = (
-            f"{documentation}\n\n{derivative}\n"
+            f"{documentation}\n\n{contract}\n"
             "dtypes: float64, float32, float16, bfloat16 on Triton; other calls run on torch."
         )
     else:
         function.__doc__ = (
             f"``{func.__name__}`` on Triton kernels; arguments, result and errors as torch's.\n\n"
-            f"{derivative}\n"
+            f"{contract}\n"
             "dtypes: float64, float32, float16, bfloat16; other calls run on torch.\n\n"
             f"torch's documentation:\n\n{documentation}"
         )

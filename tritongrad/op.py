@@ -148,6 +148,7 @@ class Op:
         bench: ``(make, size) -> Sample`` to measure, where one of ``samples`` with its sizes scaled
             would not be what users call (see ``Size`` in compare/workloads.py).
         sources: where the derivative formula is from.
+        differs: where its numbers are not torch's on purpose, and what torch's are; in sentences.
     """
 
     name: str
@@ -187,6 +188,7 @@ class Op:
     samples: Callable[[Make], Iterable[Sample]] | None = None
     bench: Callable[[Make, Any], Sample] | None = None
     sources: str = ""
+    differs: str = ""
 
     def __post_init__(self) -> None:
         if self.forward is None and self.reference is None:

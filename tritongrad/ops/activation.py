@@ -141,6 +141,7 @@ pointwise(
     bind=bind_gelu, forms=("", "_tanh"),
     rules={"x": gelu_slope},
     samples=_with(-2.0, 2.0, approximate="tanh"), opinfo=("nn.functional.gelu",),
+    differs="Second derivatives at the largest floats are 0; torch's are NaN.",
 )  # fmt: skip
 pointwise(
     "relu", torch.relu, T.relu,
@@ -188,6 +189,7 @@ pointwise(
     variants={torch.celu: lambda input, alpha=1.0: bind_celu(input, alpha)},
     device="elu", consts=("alpha", "scale", "input_scale"), rules={"x": elu_slope},
     samples=_with(-2.0, 2.0, 1.5), opinfo=("nn.functional.celu",),
+    differs="Derivatives take 1 / alpha in the computing dtype; torch's take it in float32.",
 )  # fmt: skip
 pointwise(
     "hardtanh", F.hardtanh,
@@ -206,6 +208,7 @@ pointwise(
     bind=lambda input, inplace=False: unary(input, inplace=inplace),
     rules={"x": lambda g, x: torch.where(x > -3, torch.where(x < 3, g / 6, 0.0), 0.0)},
     low=-4.0, high=4.0, opinfo=("nn.functional.hardsigmoid",),
+    differs="The gradient is exact in float64; torch's is of float32's 1 / 6.",
 )  # fmt: skip
 pointwise(
     "hardswish", F.hardswish,
@@ -234,13 +237,14 @@ pointwise(
     consts=("at", "value"), rules={"x": lambda g, x, at: torch.where(x <= at, 0.0, g)},
     samples=_threshold_samples, opinfo=("nn.functional.threshold",),
 )  # fmt: skip
+INFINITE_UPSTREAM = "An infinite upstream gradient gives infinity where torch has NaN."
 pointwise(
     "softsign", F.softsign,
     bind=unary_bind(True, bools=False), rules={"x": softsign_slope},
-    opinfo=("nn.functional.softsign",),
+    opinfo=("nn.functional.softsign",), differs=INFINITE_UPSTREAM,
 )  # fmt: skip
 pointwise(
     "tanhshrink", F.tanhshrink,
     bind=unary_bind(True, bools=False), rules={"x": lambda g, x: g * torch.tanh(x) ** 2},
-    opinfo=("nn.functional.tanhshrink",),
+    opinfo=("nn.functional.tanhshrink",), differs=INFINITE_UPSTREAM,
 )  # fmt: skip

@@ -289,6 +289,7 @@ pointwise(
     jvp=mixture_tangent,
     samples=_lerp_samples,
 )  # fmt: skip
+QUOTIENTS = "Exact for quotients of any size, of which torch's CPU kernels give NaN."
 pointwise(
     "fmod", *spelled("fmod"),
     bind=binary_bind(),
@@ -297,7 +298,7 @@ pointwise(
         "x": lambda g: g,
         "y": lambda g, x, y: -g * torch.div(x, y, rounding_mode="trunc"),
     },
-    samples=_remainder_samples,
+    samples=_remainder_samples, differs=QUOTIENTS,
 )  # fmt: skip
 pointwise(
     "remainder", *spelled("remainder"), T.__mod__,
@@ -308,6 +309,6 @@ pointwise(
         "x": lambda g: g,
         "y": lambda g, x, y: -g * torch.div(x, y, rounding_mode="floor"),
     },
-    samples=_remainder_samples,
+    samples=_remainder_samples, differs=QUOTIENTS,
     opinfo=("remainder", "__rmod__"),
 )  # fmt: skip

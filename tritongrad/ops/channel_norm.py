@@ -21,7 +21,7 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
 from ..op import Bind, Op, Tensors, Unsupported, register
 from ..sampling import Make, Sample
 from .channel_norm_calculus import KERNELS, NORMED, Over, shifted
-from .norm import check_affine
+from .norm import OF_STATISTICS, check_affine
 from .norm_backward import times
 
 F = torch.nn.functional
@@ -284,6 +284,7 @@ def _norm(
         dtypes=FLOATING,
         samples=samples,
         sources="torch's own definition",
+        differs="" if name == "group_norm" else OF_STATISTICS,
     )
     return register(op)
 

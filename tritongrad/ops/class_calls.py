@@ -24,6 +24,11 @@ F = torch.nn.functional
 KEPT = {"cuda": "keep", "cpu": "keep"}
 """Under autocast the result is float32, and the kernels convert what they read."""
 
+OUT_OF_RANGE = (
+    "On a GPU a label that is no class gives NaN in what it is part of, where torch's kernel stops "
+    "the process; on the CPU both raise IndexError."
+)
+
 
 class Params(NamedTuple):
     """What a call is beside its tensors.

@@ -27,7 +27,7 @@ from ..op import BackwardParams, Needs, Op, Spec, Tensors, register
 from ..runtime import INTERPRETED
 from ..sampling import Make, Sample
 from . import class_calls
-from .class_calls import KEPT, Params, bind_extended, labels, read, without
+from .class_calls import KEPT, OUT_OF_RANGE, Params, bind_extended, labels, read, without
 from .class_rules import moved, reduced_losses, slopes, spread, upstream, wanted, weight_of_all
 from .loss_calls import modern
 
@@ -396,6 +396,7 @@ cross_entropy: Op = register(
         formula="dx = g * (softmax(x) * sum(w * y) - w * y); dy = -g * w * log_softmax(x)",
         dtypes=FLOATING,
         samples=_samples,
+        differs=OUT_OF_RANGE,
         sources="torch derivatives.yaml; see kernels/classification.py",
         cost=_cost,
     )
@@ -432,6 +433,7 @@ nll_loss: Op = register(
         formula="dx = -g * w at the label, 0 elsewhere",
         dtypes=FLOATING,
         samples=index_samples,
+        differs=OUT_OF_RANGE,
         sources="torch derivatives.yaml",
         cost=_likelihood_cost,
     )

@@ -242,6 +242,7 @@ def _make(
         dtypes=FLOATING,
         cost=_cost,
         samples=samples,
+        differs="Draws other numbers than torch does for the same seed.",
         sources="torch aten/src/ATen/native/Dropout.cpp; Philox4x32: Salmon et al., SC 2011",
     )
     register(op)

@@ -25,6 +25,11 @@ from ..sampling import Make, Sample
 
 F = torch.nn.functional
 
+OUT_OF_RANGE = (
+    "On a GPU an index past the end gives a row of NaN, where torch's kernel stops the process; on "
+    "the CPU both raise IndexError."
+)
+
 
 class Params(NamedTuple):
     """What a call is beside its table and its indices.
@@ -318,6 +323,8 @@ embedding = Op(
     cost=_cost,
     samples=_samples,
     bench=_bench,
+    differs=f"{OUT_OF_RANGE} The second derivative with scale_grad_by_freq is that of the "
+    "gradient; torch's is not scaled.",
     sources="torch derivatives.yaml: embedding, embedding_dense_backward",
 )
 register(embedding)

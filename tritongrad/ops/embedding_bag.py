@@ -22,6 +22,7 @@ from ..runtime import INTERPRETED
 from ..sampling import Make, Sample
 from .embedding import (
     AMBIENT,
+    OUT_OF_RANGE,
     Params,
     check_table,
     fold,
@@ -301,6 +302,7 @@ bag = Op(
     dtypes=FLOATING,
     cost=_cost,
     samples=_samples,
+    differs=OUT_OF_RANGE,
     sources="torch aten/src/ATen/native/EmbeddingBag.cpp",
 )
 register(bag)

@@ -26,7 +26,7 @@ from ..launchers.matmul import float32_precision
 from ..op import BackwardParams, Needs, Op, Spec, Tensors, Unsupported, register
 from ..runtime import INTERPRETED
 from ..sampling import Make, Sample
-from .class_calls import KEPT, Params, labels, read_targets, without
+from .class_calls import KEPT, OUT_OF_RANGE, Params, labels, read_targets, without
 from .class_rules import moved, slopes, spread
 from .classification import extras, kept, results
 from .contraction import GEMM
@@ -326,6 +326,7 @@ def _register() -> None:
             dtypes=FLOATING,
             samples=_samples,
             bench=_bench,
+            differs=OUT_OF_RANGE,
             sources="torch.nn.functional.linear and cross_entropy",
             cost=_cost,
         )

@@ -197,6 +197,7 @@ def _norm(
     schema: str,
     formula: str,
     spell: Callable[..., tuple],
+    differs: str = "",
     variants: Mapping[Callable[..., Any], Bind] | None = None,
 ) -> Op:
     """Make and register one of the two."""
@@ -239,6 +240,7 @@ def _norm(
         dtypes=FLOATING,
         samples=samples,
         sources="see kernels/norm.py",
+        differs=differs,
         cost=cost_of,
     )
     return register(op)
@@ -284,6 +286,10 @@ def _rms_norm_samples(make: Make) -> Iterator[Sample]:
 
 # ------------------------------------------------------------------------------------------- TABLE
 
+OF_STATISTICS = (
+    "Third derivatives are those of the function; torch's take its statistics for constants."
+)
+
 LAYER_NORM = _norm(
     "layer_norm", F.layer_norm,
     variants={torch.layer_norm: _bind_torch_layer_norm},
@@ -291,6 +297,7 @@ LAYER_NORM = _norm(
     schema="(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05) -> Tensor",
     formula="dx = r (u - E u - xh E[u xh]), u = g w; dw = sum of g xh; db = sum of g",
+    differs=f"{OF_STATISTICS} So does its forward mode under reverse mode.",
 )  # fmt: skip
 RMS_NORM = _norm(
     "rms_norm", F.rms_norm, torch.rms_norm,

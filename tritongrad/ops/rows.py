@@ -54,6 +54,7 @@ def row(
     autocast: Mapping[str, str] | None = None,
     schema: str | None = None,
     sources: str = "torch derivatives.yaml",
+    differs: str = "",
 ) -> Op:
     """Make and register the op of one row.
 
@@ -231,6 +232,7 @@ def row(
         differentiable=bool(rules),
         samples=samples or standard_samples(arity, low, high),
         sources=sources,
+        differs=differs,
         cost=_cost,
     )
     return op if bind is None else register(op)

@@ -237,6 +237,7 @@ def _scan_op(
     saves: tuple[int, ...],
     formula: str,
     backward: Callable[..., Tensor] | None = None,
+    differs: str = "",
 ) -> Op:
     """Make and register a scan of one tensor."""
 
@@ -277,6 +278,7 @@ def _scan_op(
         dtypes=FLOATING,
         samples=_samples,
         sources="torch derivatives.yaml",
+        differs=differs,
         cost=lambda params, x: (x.numel() * (x.element_size() + params.result.itemsize), x.numel()),
     )
     return register(op)
@@ -370,6 +372,8 @@ cumprod = _scan_op(
     "cumprod", torch.cumprod, T.cumprod,
     kind=CUMPROD, rule=_cumprod_rule, backward=_cumprod_backward, jvp=_cumprod_jvp, saves=(0, 1),
     formula="dx[i] = out[i-1] s[i], s[i] = x[i+1] s[i+1] + g[i]",
+    differs="The gradient multiplies the other factors; torch's divides by each, and is NaN beside "
+    "infinities.",
 )  # fmt: skip
 reduction(
     "prod", torch.prod, T.prod,
