@@ -52,6 +52,13 @@ def shifted_bwd(g, x, mean, scale):
     return dx, -dx, g * (x - mean), g
 
 
+@triton.jit
+def running(mean, var, origin, offset, variance, momentum, kept, correction):
+    """Averages over calls; ``kept`` is 1 - momentum, ``correction`` what makes it unbiased."""
+    now = (origin + offset, variance * correction)
+    return mean * kept + now[0] * momentum, var * kept + now[1] * momentum
+
+
 # MAP and FINISH of the sums, which are of g and of g xh, and then of these by weights
 
 

@@ -210,6 +210,33 @@ def test_running_statistics(name: str, dtype: torch.dtype) -> None:
     assert_same(*found)
 
 
+def test_running_statistics_count_as_written() -> None:
+    """By one launch, beside the two of the value; autograd sees that what it saved was changed."""
+    x = Random(torch.float32, DEVICE)(4, 3, 5)
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    scale = torch.ones(3, device=DEVICE, requires_grad=True)
+    product = (scale * mean).sum()
+    with tritongrad.use():
+        for calls in (1, 2, 3):
+            _, kernels = launches(lambda: F.batch_norm(x, mean, var, training=True))
+            assert kernels == 3
+            assert (mean._version, var._version) == (calls, calls)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_running_statistics_in_one_place_are_torchs() -> None:
+    """One number for all channels, which each of them would write."""
+    x, found = Random(torch.float32, DEVICE)(4, 3, 5), []
+    for context in (tritongrad.use(), torch.enable_grad()):
+        mean = torch.zeros(1, device=DEVICE).expand(3)
+        with context as session:
+            y = F.batch_norm(x, mean, torch.ones(3, device=DEVICE), training=True)
+        found.append((y, mean))
+        assert session is None or not session.ran
+    assert_same(*found)
+
+
 def test_running_statistics_under_a_transform_are_torchs() -> None:
     x, stats = Random(torch.float64, DEVICE)(4, 3, 5), []
     for context in (tritongrad.use(), torch.enable_grad()):

@@ -123,6 +123,16 @@ def half_by_default() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+def test_ops_without_a_name_are_in_programs() -> None:
+    """What a definition calls by ``apply`` is noted once, and not what that calls in turn."""
+    inner = Composite(scaled)
+    outer = Composite(lambda x, y: apply(inner.op, None, (x + y, y)).exp())
+    for _ in range(3):
+        x, y = make(4, 4), make(4, 4)
+        torch.testing.assert_close(outer(x, y), scaled(x + y, y).exp())
+    assert outer.reads == 1
+
+
 def test_of_another_state_is_another_program() -> None:
     composite = Composite(of_state)
     x = make(3)

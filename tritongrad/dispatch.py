@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -249,6 +249,14 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
     Returns the public outputs: a tensor, or a tuple of them; on request ``everything``, also what
     the op keeps for its backward.
     """
+    recorder = local.recorder
+    if recorder is not None and not local.bypass:
+        # Called by a definition itself, and not by what that calls.
+        with bypass():
+            result = apply(op, params, tensors, everything)
+            run = partial(_applied, op, params, everything)
+            recorder.note(run, op, tensors, {}, result)
+        return result
     call = op.forward
     if call is None:
         return compose(op, params, tensors)
@@ -270,6 +278,10 @@ def apply(op: Op, params: Any, tensors: Tensors, everything: bool = False) -> An
     else:
         result = call(params, *tensors)
     return shown(op, result, everything)
+
+
+def _applied(op: Op, params: Any, everything: bool, *tensors: Tensor | None) -> Any:
+    return apply(op, params, tensors, everything)
 
 
 def shown(op: Op, result: Any, everything: bool) -> Any:
@@ -312,7 +324,8 @@ class rules(TorchFunctionMode):
     """Evaluate derivative rules: torch calls inside run on our ops, whatever mode is open."""
 
     def __enter__(self) -> rules:
-        self.previous, local.bypass = local.bypass, 0
+        self.previous = local.bypass, local.recorder
+        local.bypass, local.recorder = 0, None
         self.state = _function_state()
         if _all_disabled():
             _set_function_state(_ENABLED)
@@ -321,7 +334,7 @@ class rules(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         _set_function_state(self.state)
-        local.bypass = self.previous
+        local.bypass, local.recorder = self.previous
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -347,10 +360,17 @@ class recording(rules):
         super().__init__()
         self.recorder = recorder
 
+    def __enter__(self) -> recording:
+        super().__enter__()
+        local.recorder = self.recorder
+        return self
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if local.bypass:
+            return func(*args, **kwargs)  # in what the definition called, not called by it
         with bypass():
             before = versions(args)
         result = super().__torch_function__(func, types, args, kwargs)

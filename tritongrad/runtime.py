@@ -143,6 +143,8 @@ class _Local(threading.local):
     session: Session | None = None
     # > 0 while torch itself must run a call that a session has already decided about.
     bypass: int = 0
+    # Of the definition of a composite that is evaluated: what it calls is noted there.
+    recorder: Any = None
 
 
 local = _Local()

@@ -40,6 +40,23 @@ def forward(
     return (y, *found)
 
 
+def update(
+    running: tuple[Tensor, Tensor],
+    found: tuple[Tensor, ...],
+    momentum: float,
+    count: int,
+) -> None:
+    """Average what ``statistics`` found of ``count`` elements each into the running mean and
+    variance, in place."""
+    origin, offset, _, variance = found
+    of_channels = [t.view(-1) for t in (origin, offset, variance)]
+    numbers = momentum, 1 - momentum, count / (count - 1)
+    dtypes = tuple([t.dtype for t in running])
+    compute = COMPUTE_DTYPE[variance.dtype]
+    elementwise(k.running, 0, (*running, *of_channels), (), numbers, compute, dtypes, running)
+    torch.autograd.graph.increment_version(running)
+
+
 def backward(
     g: Tensor,
     x: Tensor,

@@ -176,8 +176,13 @@ def _bound(
         if running_mean is None:
             raise Unsupported("no statistics")
         params = params._replace(dims=())
-    elif running_mean is not None and transforming():
-        raise Unsupported("running statistics in a transform")
+    elif running_mean is not None and running_var is not None:
+        if transforming():
+            raise Unsupported("running statistics in a transform")
+        for t in (running_mean, running_var):
+            frozen = t.is_inference() and not torch.is_inference_mode_enabled()
+            if frozen or not t.is_contiguous():
+                raise Unsupported("running statistics that cannot be written to")
     return (input, weight, bias, running_mean, running_var), params
 
 
@@ -238,9 +243,12 @@ def _normalised(
 
     weight, bias = of_channels(weight), of_channels(bias)
     if params.dims:
-        over = Over(params.dims, params.eps)
-        y, origin, offset, _, var = apply(NORMED, over, (x, weight, bias), everything=True)
-        if running_mean is not None and running_var is not None:
+        over = Over(params.dims, params.eps, params.momentum)
+        if running_mean is None or running_var is None or not params.instances:
+            y = apply(NORMED, over, (x, weight, bias, running_mean, running_var))
+        else:
+            tensors = (x, weight, bias, None, None)
+            y, origin, offset, _, var = apply(NORMED, over, tensors, everything=True)
             count = math.prod([x.shape[d] for d in params.dims])
             _update(params, running_mean, origin + offset)
             _update(params, running_var, var * (count / (count - 1)))
@@ -252,8 +260,8 @@ def _normalised(
 
 @torch.no_grad()
 def _update(params: Params, running: Tensor, now: Tensor) -> None:
-    now = now.detach()
-    now = now.mean(0) if params.instances else now
+    """Of instances: averages over the batch go into the running ones."""
+    now = now.detach().mean(0)
     before = running.to(now.dtype)
     running.copy_(before * (1 - params.momentum) + now.reshape(-1) * params.momentum)
 

@@ -3,6 +3,7 @@ may have its channels in groups, and of a weight and a bias that broadcast again
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,12 @@ KERNELS = ("reduce", "pointwise_dense", "pointwise_strided")
 
 
 class Over(NamedTuple):
-    """The dimensions that statistics are taken over, and what the variance is raised by."""
+    """The dimensions that statistics are taken over, what the variance is raised by, and the share
+    of a call's statistics in the running ones, if there are any."""
 
     dims: tuple[int, ...]
     eps: float
+    momentum: float = 0.0
 
     def batched(self) -> Over:
         """With one more dimension, in front."""
@@ -45,7 +48,7 @@ def _mean(value: Tensor, over: Over) -> Tensor:
 def _gradients(
     over: Over, needs: Needs, specs: tuple[Spec | None, ...], g: Tensor, inputs: Tensors
 ) -> Tensors:
-    x, weight, _ = inputs
+    x, weight, *_ = inputs
     dx = dweight = dbias = None
     if needs[0] or needs[1]:
         assert x is not None
@@ -72,24 +75,24 @@ def _gradients(
 def _rule(over: Over, needs: Needs, specs: tuple, grads: Tensors, saved: Tensors) -> Tensors:
     (g,) = grads
     assert g is not None
-    return _gradients(over, needs, specs, g, saved[:3])
+    return (*_gradients(over, needs, specs, g, saved[:3]), None, None)
 
 
 def _tangent(over: Over, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Tensor:
     """The Jacobian, without the weight, is symmetric: the gradient's kernel computes it."""
-    x, weight, _ = tensors
+    x, weight, *_ = tensors
     assert x is not None
     compute = COMPUTE_DTYPE[x.dtype]
-    dx, dweight, dbias = [t if t is None else settle(t).to(compute) for t in tangents]
+    dx, dweight, dbias = [t if t is None else settle(t).to(compute) for t in tangents[:3]]
     total: Tensor | None = None
     if dx is not None:
-        specs = (Spec(x.shape, compute), None, None)
-        saved = (x, *[None] * 7)
-        total = vjp(NORMED, over, (True, False, False), specs, (dx,), saved, own_level=1)[0]
+        needs, specs = (True, *[False] * 4), (Spec(x.shape, compute), *[None] * 4)
+        saved = (x, *[None] * 9)
+        total = vjp(NORMED, over, needs, specs, (dx,), saved, own_level=1)[0]
         assert total is not None
         total = times(total, weight)
     if dweight is not None:
-        part = apply(NORMED, over, (x.to(compute), None, None)) * dweight
+        part = apply(NORMED, over, (x.to(compute), *[None] * 4)) * dweight
         total = part if total is None else total + part
     if dbias is not None:
         total = dbias.expand(x.shape) if total is None else total + dbias
@@ -100,27 +103,40 @@ def _tangent(over: Over, tensors: Tensors, outputs: Tensors, tangents: Tensors) 
 # ----------------------------------------------------------------------------------- made into ops
 
 
-def _forward(over: Over, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
-    return launch.forward(x, weight, bias, over.dims, over.eps)
+def _forward(
+    over: Over,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> Any:
+    y, *found = launch.forward(x, weight, bias, over.dims, over.eps)
+    if running_mean is not None and running_var is not None:
+        count = math.prod([x.shape[d] for d in over.dims])
+        launch.update((running_mean, running_var), tuple(found), over.momentum, count)
+    return (y, *found)
 
 
 def _saves(over: Over, needs: Needs) -> tuple[int, ...]:
     """x, weight and statistics, of what the gradients that are needed depend on."""
     if not (needs[0] or needs[1]):
         return ()
-    return (0, *((1,) if needs[0] else ()), 4, 5, 6)
+    return (0, *((1,) if needs[0] else ()), 6, 7, 8)
 
 
 def _vmap(info: Any, over: Over, tensors: Tensors, dims: tuple) -> Any:
     (x,) = batched(tensors[:1], dims[:1], info.batch_size)
-    affine = batch_all(tensors[1:], dims[1:], x.dim() - 1)
-    found = apply(NORMED, over.batched(), (x, *affine), everything=True)
+    affine = batch_all(tensors[1:3], dims[1:3], x.dim() - 1)
+    found = apply(NORMED, over.batched(), (x, *affine, None, None), everything=True)
     return found, (0,) * len(found)
 
 
 def _backward_forward(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Any:
-    x, weight, _, _, *of_rows = saved
-    wanted: Any = tuple([s if need else None for s, need in zip(bp.specs, bp.needs, strict=True)])
+    x, weight, _, _, _, _, *of_rows = saved
+    wanted: Any = tuple(
+        [s if need else None for s, need in zip(bp.specs[:3], bp.needs[:3], strict=True)]
+    )
     if not (bp.needs[0] or bp.needs[1]):
         return launch.total(g, wanted[2])
     assert x is not None
@@ -176,7 +192,8 @@ NORMED: Op = Op(
     formula="dx = r (u - E u - xh E[u xh]), u = g w; dw = sum of g xh; db = sum of g",
     sources="see kernels/channel_norm.py",
 )
-"""Of ``(x, weight, bias)``; beyond the value: origin, offset, r and the variance."""
+"""Of ``(x, weight, bias)`` and of a running mean and variance, None or brought up to date by it;
+beyond the value: origin, offset, r and the variance."""
 
 _SHIFTED = row(
     k, "shifted", bind=None, inputs=("x", "mean", "scale", "bias"),
