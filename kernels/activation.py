@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 
+from . import half
 from . import math as m
 from .math import libdevice
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-ONE_OVER_SQRT_2PI = tl.constexpr(0.3989422804014327)
 # gelu's approximation: u = A (x + B x^3).
 GELU_A = tl.constexpr(0.7978845608028654)
 GELU_B = tl.constexpr(0.044715)
@@ -16,15 +15,15 @@ TANHSHRINK_DEPTH = tl.constexpr(11)
 
 
 @triton.jit
-def logistic(x):
+def logistic(x, HALF: tl.constexpr = False):
     # exp of a non-positive number only: it never overflows.
-    e = libdevice.exp(-tl.abs(x))
-    return m.div(tl.where(x < 0, e, 1), 1 + e)
+    e = m.exp_down(-tl.abs(x), HALF)
+    return m.ratio(tl.where(x < 0, e, 1), 1 + e, HALF)
 
 
 @triton.jit
-def sigmoid(x):
-    return (logistic(x),)
+def sigmoid(x, HALF: tl.constexpr = False):
+    return (logistic(x, HALF),)
 
 
 @triton.jit
@@ -49,108 +48,114 @@ def relu_bwd(g, out):
 
 
 @triton.jit
-def logsigmoid(x):
-    return (tl.where(x < 0, x, 0) - libdevice.log1p(libdevice.exp(-tl.abs(x))),)
+def logsigmoid(x, HALF: tl.constexpr = False):
+    return (tl.where(x < 0, x, 0) - m.log1p_exp(-tl.abs(x), HALF),)
 
 
 @triton.jit
-def logsigmoid_bwd(g, x):
-    return (g * logistic(-x),)
+def logsigmoid_bwd(g, x, HALF: tl.constexpr = False):
+    return (g * logistic(-x, HALF),)
 
 
 @triton.jit
-def softplus(x, beta, threshold):
+def softplus(x, beta, threshold, HALF: tl.constexpr = False):
     z = x * beta
-    return (tl.where(z > threshold, x, m.div(libdevice.log1p(libdevice.exp(z)), beta)),)
+    if HALF:
+        # The inverse is taken once for all elements.
+        y = (tl.where(z < 0, 0, z) + m.log1p_exp(-tl.abs(z), HALF)) * m.inverse(beta)
+    else:
+        y = m.div(libdevice.log1p(libdevice.exp(z)), beta)
+    return (tl.where(z > threshold, x, y),)
 
 
 @triton.jit
-def softplus_bwd(g, x, beta, threshold):
+def softplus_bwd(g, x, beta, threshold, HALF: tl.constexpr = False):
     z = x * beta
-    return (tl.where(z > threshold, g, g * logistic(z)),)
+    return (tl.where(z > threshold, g, g * logistic(z, HALF)),)
 
 
 @triton.jit
-def silu(x):
-    return (x * logistic(x),)
+def silu(x, HALF: tl.constexpr = False):
+    return (x * logistic(x, HALF),)
 
 
 @triton.jit
-def silu_slopes(x):
+def silu_slopes(x, HALF: tl.constexpr = False):
     """silu and its first two derivatives."""
-    s = logistic(x)
+    s = logistic(x, HALF)
     ds = s * (1 - s)
     return x * s, s * (1 + x * (1 - s)), ds * (2 + x * (1 - 2 * s))
 
 
 @triton.jit
-def silu_bwd(g, x):
-    _, d, _ = silu_slopes(x)
+def silu_bwd(g, x, HALF: tl.constexpr = False):
+    _, d, _ = silu_slopes(x, HALF)
     return (g * d,)
 
 
 @triton.jit
-def silu_bwd_bwd(vx, g, x):
-    _, d, dd = silu_slopes(x)
+def silu_bwd_bwd(vx, g, x, HALF: tl.constexpr = False):
+    _, d, dd = silu_slopes(x, HALF)
     return vx * d, vx * g * dd
 
 
 @triton.jit
-def tanh_softplus(x):
+def tanh_softplus(x, HALF: tl.constexpr = False):
     """tanh(log(1 + exp(x))) = n / (n + 2) with n = exp(x) (exp(x) + 2)."""
-    e = libdevice.exp(tl.where(x > 20, 20, x))
+    e = m.exp_down(tl.where(x > 20, 20, x), HALF)
     n = e * (e + 2)
-    return m.div(n, n + 2)
+    # To an ulp, the ratio need not reach 1, which is what it is from there on.
+    return tl.where(x > 20, 1, m.ratio(n, n + 2, HALF))
 
 
 @triton.jit
-def mish(x):
-    return (x * tanh_softplus(x),)
+def mish(x, HALF: tl.constexpr = False):
+    return (x * tanh_softplus(x, HALF),)
 
 
 @triton.jit
-def mish_bwd(g, x):
-    t = tanh_softplus(x)
-    return (g * (t + x * logistic(x) * (1 - t * t)),)
+def mish_bwd(g, x, HALF: tl.constexpr = False):
+    t = tanh_softplus(x, HALF)
+    return (g * (t + x * logistic(x, HALF) * (1 - t * t)),)
 
 
 @triton.jit
-def gelu(x):
-    return (0.5 * x * libdevice.erfc(-x * SQRT_HALF),)
+def gelu(x, HALF: tl.constexpr = False):
+    cumulated, _ = m.normal(x, HALF)
+    return (x * cumulated,)
 
 
 @triton.jit
-def gelu_slopes(x):
+def gelu_slopes(x, HALF: tl.constexpr = False):
     """gelu and its first two derivatives; that of its density p is -x p."""
-    cumulated = 0.5 * libdevice.erfc(-x * SQRT_HALF)
-    density = libdevice.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI
+    cumulated, density = m.normal(x, HALF)
     return x * cumulated, cumulated + x * density, density * (2 - x * x)
 
 
 @triton.jit
-def gelu_bwd(g, x):
-    _, d, _ = gelu_slopes(x)
+def gelu_bwd(g, x, HALF: tl.constexpr = False):
+    _, d, _ = gelu_slopes(x, HALF)
     return (g * d,)
 
 
 @triton.jit
-def gelu_bwd_bwd(vx, g, x):
-    _, d, dd = gelu_slopes(x)
+def gelu_bwd_bwd(vx, g, x, HALF: tl.constexpr = False):
+    _, d, dd = gelu_slopes(x, HALF)
     return vx * d, vx * g * dd
 
 
 @triton.jit
-def gelu_tanh(x):
+def gelu_tanh(x, HALF: tl.constexpr = False):
     # 1 + tanh(u) = 2 / (1 + exp(-2 u)), without the cancellation.
     u = (x + x * x * x * GELU_B) * GELU_A
-    return (x * logistic(2 * u),)
+    return (x * logistic(2 * u, HALF),)
 
 
 @triton.jit
-def gelu_tanh_slopes(x):
+def gelu_tanh_slopes(x, HALF: tl.constexpr = False):
     """gelu_tanh, x s with s the logistic function of 2 u, and its first two derivatives."""
     u = (x + x * x * x * GELU_B) * GELU_A
-    s = logistic(2 * u)
+    s = logistic(2 * u, HALF)
     slope = 2 * s * (1 - s)
     du = (1 + x * x * (3 * GELU_B)) * GELU_A
     ds = slope * du
@@ -159,14 +164,14 @@ def gelu_tanh_slopes(x):
 
 
 @triton.jit
-def gelu_tanh_bwd(g, x):
-    _, d, _ = gelu_tanh_slopes(x)
+def gelu_tanh_bwd(g, x, HALF: tl.constexpr = False):
+    _, d, _ = gelu_tanh_slopes(x, HALF)
     return (g * d,)
 
 
 @triton.jit
-def gelu_tanh_bwd_bwd(vx, g, x):
-    _, d, dd = gelu_tanh_slopes(x)
+def gelu_tanh_bwd_bwd(vx, g, x, HALF: tl.constexpr = False):
+    _, d, dd = gelu_tanh_slopes(x, HALF)
     return vx * d, vx * g * dd
 
 
@@ -223,22 +228,22 @@ def ramp(x):
 
 @triton.jit
 def hardsigmoid(x):
-    return (m.div(ramp(x), 6),)
+    return (m.divided(ramp(x), 6),)
 
 
 @triton.jit
 def hardsigmoid_bwd(g, x):
-    return (tl.where((x > -3) & (x < 3), m.div(g, 6), 0),)
+    return (tl.where((x > -3) & (x < 3), m.divided(g, 6), 0),)
 
 
 @triton.jit
 def hardswish(x):
-    return (m.div(x * ramp(x), 6),)
+    return (m.divided(x * ramp(x), 6),)
 
 
 @triton.jit
 def hardswish_bwd(g, x):
-    return (tl.where(x <= -3, 0, tl.where(x < 3, g * (m.div(x, 3) + 0.5), g)),)
+    return (tl.where(x <= -3, 0, tl.where(x < 3, g * (m.divided(x, 3) + 0.5), g)),)
 
 
 @triton.jit
@@ -291,7 +296,15 @@ def softsign_bwd(g, x):
 
 
 @triton.jit
-def tanhshrink(x):
+def tanhshrink(x, HALF: tl.constexpr = False):
+    if HALF:
+        return (half.tanhshrink(x),)
+    else:
+        return (tanhshrink_by_fraction(x),)
+
+
+@triton.jit
+def tanhshrink_by_fraction(x):
     # x - tanh(x) cancels near 0. There Lambert's fraction, tanh(x) = x / (1 + t) with
     # t = s / (3 + s / (5 + ...)) and s = x * x, of which n / d is what stands below s.
     s = tl.where(tl.abs(x) < 2, x * x, 0)
@@ -300,7 +313,7 @@ def tanhshrink(x):
     for i in tl.static_range(1, TANHSHRINK_DEPTH):
         n, d = n * (2 * (TANHSHRINK_DEPTH - i) + 1) + s * d, n
     near = m.div(x * (s * d), n + s * d)
-    return (tl.where(tl.abs(x) < 2, near, x - libdevice.tanh(x)),)
+    return tl.where(tl.abs(x) < 2, near, x - libdevice.tanh(x))
 
 
 @triton.jit

@@ -44,33 +44,33 @@ def neg(x):
 
 
 @triton.jit
-def pow(x, y):
-    return (libdevice.pow(x, y),)
+def pow(x, y, HALF: tl.constexpr = False):
+    return (m.pow(x, y, HALF),)
 
 
 @triton.jit
-def pow_bwd(g, x, y, out):
-    dx = tl.where(y == 0, 0, g * (y * libdevice.pow(x, y - 1)))
+def pow_bwd(g, x, y, out, HALF: tl.constexpr = False):
+    dx = tl.where(y == 0, 0, g * (y * m.pow(x, y - 1, HALF)))
     # 0 ** y is constant in y for y >= 0; elsewhere log(0) says what torch says.
-    dy = g * tl.where((x == 0) & (y >= 0), 0, out * libdevice.log(x))
+    dy = g * tl.where((x == 0) & (y >= 0), 0, out * m.log(x, HALF))
     return dx, dy
 
 
 @triton.jit
-def power_or_root(x, y):
+def power_or_root(x, y, HALF: tl.constexpr = False):
     # For the numbers 0.5 and -0.5 torch takes roots, which are not powers at -0 and -inf.
     root = m.sqrt(x)
-    return tl.where(y == 0.5, root, tl.where(y == -0.5, m.inverse(root), libdevice.pow(x, y)))
+    return tl.where(y == 0.5, root, tl.where(y == -0.5, m.inverse(root), m.pow(x, y, HALF)))
 
 
 @triton.jit
-def pow_number(x, y):
-    return (power_or_root(x, y),)
+def pow_number(x, y, HALF: tl.constexpr = False):
+    return (power_or_root(x, y, HALF),)
 
 
 @triton.jit
-def pow_number_bwd(g, x, y):
-    return (tl.where(y == 0, 0, g * (y * power_or_root(x, y - 1))),)
+def pow_number_bwd(g, x, y, HALF: tl.constexpr = False):
+    return (tl.where(y == 0, 0, g * (y * power_or_root(x, y - 1, HALF))),)
 
 
 @triton.jit

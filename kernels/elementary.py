@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from . import half
 from . import math as m
 from .math import libdevice
 
@@ -10,7 +11,6 @@ PI = tl.constexpr(3.141592653589793)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN10 = tl.constexpr(2.302585092994046)
-SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWO_OVER_SQRT_PI = tl.constexpr(1.1283791670955126)
 ONE_OVER_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
@@ -111,8 +111,8 @@ def asin_bwd(g, x):
 
 
 @triton.jit
-def atan(x):
-    return (libdevice.atan(x),)
+def atan(x, HALF: tl.constexpr = False):
+    return (m.atan(x, HALF),)
 
 
 @triton.jit
@@ -121,8 +121,8 @@ def atan_bwd(g, x):
 
 
 @triton.jit
-def atan2(x, y):
-    return (libdevice.atan2(x, y),)
+def atan2(x, y, HALF: tl.constexpr = False):
+    return (m.atan2(x, y, HALF),)
 
 
 @triton.jit
@@ -133,8 +133,8 @@ def atan2_bwd(g, x, y):
 
 
 @triton.jit
-def sinh(x):
-    return (libdevice.sinh(x),)
+def sinh(x, HALF: tl.constexpr = False):
+    return (m.sinh(x, HALF),)
 
 
 @triton.jit
@@ -163,8 +163,8 @@ def acosh_bwd(g, x):
 
 
 @triton.jit
-def asinh(x):
-    return (libdevice.asinh(x),)
+def asinh(x, HALF: tl.constexpr = False):
+    return (m.asinh(x, HALF),)
 
 
 @triton.jit
@@ -173,8 +173,8 @@ def asinh_bwd(g, x):
 
 
 @triton.jit
-def atanh(x):
-    return (libdevice.atanh(x),)
+def atanh(x, HALF: tl.constexpr = False):
+    return (m.atanh(x, HALF),)
 
 
 @triton.jit
@@ -267,10 +267,10 @@ def log1p_bwd(g, x):
 
 
 @triton.jit
-def logaddexp(x, y):
+def logaddexp(x, y, HALF: tl.constexpr = False):
     # Of two equal infinities the difference is NaN.
-    e = tl.where(x == y, 1, libdevice.exp(-tl.abs(x - y)))
-    return (tl.where(x > y, x, y) + libdevice.log1p(e),)
+    down = tl.where(x == y, 0, -tl.abs(x - y))
+    return (tl.where(x > y, x, y) + m.log1p_exp(down, HALF),)
 
 
 @triton.jit
@@ -279,9 +279,13 @@ def logaddexp_bwd(g, x, y):
 
 
 @triton.jit
-def logaddexp2(x, y):
-    e = tl.where(x == y, 1, libdevice.exp2(-tl.abs(x - y)))
-    return (tl.where(x > y, x, y) + libdevice.log1p(e) * LOG2_E,)
+def logaddexp2(x, y, HALF: tl.constexpr = False):
+    down = tl.where(x == y, 0, -tl.abs(x - y))
+    if HALF:
+        added = m.log1p_exp(down * LN2, HALF)
+    else:
+        added = libdevice.log1p(libdevice.exp2(down))
+    return (tl.where(x > y, x, y) + added * LOG2_E,)
 
 
 @triton.jit
@@ -312,9 +316,9 @@ def xlog1py_bwd(g, x, y):
 
 
 @triton.jit
-def entr(x):
+def entr(x, HALF: tl.constexpr = False):
     # Below 0 it is -inf, not log's NaN.
-    return (tl.where(x < 0, float("-inf"), tl.where(x == 0, 0, -x * libdevice.log(x))),)
+    return (tl.where(x < 0, float("-inf"), tl.where(x == 0, 0, -x * m.log(x, HALF))),)
 
 
 @triton.jit
@@ -323,14 +327,17 @@ def entr_bwd(g, x):
 
 
 @triton.jit
-def logit(x, eps):
+def logit(x, eps, HALF: tl.constexpr = False):
     # A negative eps stands for none.
     low = tl.where(eps < 0, float("-inf"), eps)
     x = tl.where(x < low, low, tl.where(x > 1 - low, 1 - low, x))
-    # Near 1/2 the odds are near 1, where log loses what they were rounded by; 2 x - 1 is exact.
-    middle = tl.abs(x - 0.5) < 0.2
-    odds = m.div(tl.where(middle, 2 * x - 1, x), 1 - x)
-    return (tl.where(middle, libdevice.log1p(odds), libdevice.log(odds)),)
+    if HALF:
+        return (half.logit(x),)
+    else:
+        # Near 1/2 the odds are near 1, where log loses what they were rounded by; 2 x - 1 is exact.
+        middle = tl.abs(x - 0.5) < 0.2
+        odds = m.div(tl.where(middle, 2 * x - 1, x), 1 - x)
+        return (tl.where(middle, libdevice.log1p(odds), libdevice.log(odds)),)
 
 
 @triton.jit
@@ -352,8 +359,8 @@ def erf_bwd(g, x):
 
 
 @triton.jit
-def erfc(x):
-    return (libdevice.erfc(x),)
+def erfc(x, HALF: tl.constexpr = False):
+    return (m.erfc(x, HALF),)
 
 
 @triton.jit
@@ -362,9 +369,10 @@ def erfc_bwd(g, x):
 
 
 @triton.jit
-def ndtr(x):
+def ndtr(x, HALF: tl.constexpr = False):
     # 1 + erf would cancel in the lower tail.
-    return (0.5 * libdevice.erfc(-x * SQRT_HALF),)
+    cumulated, _ = m.normal(x, HALF)
+    return (cumulated,)
 
 
 @triton.jit

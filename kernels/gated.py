@@ -35,72 +35,72 @@ def gated_bwd_bwd(vx, vy, g, y, f, d, dd):
 
 
 @triton.jit
-def glu(x, y):
-    return (x * logistic(y),)
+def glu(x, y, HALF: tl.constexpr = False):
+    return (x * logistic(y, HALF),)
 
 
 @triton.jit
-def glu_bwd(g, x, y):
-    s = logistic(y)
+def glu_bwd(g, x, y, HALF: tl.constexpr = False):
+    s = logistic(y, HALF)
     return g * s, g * x * (s * (1 - s))
 
 
 @triton.jit
-def glu_bwd_bwd(vx, vy, g, x, y):
-    s = logistic(y)
+def glu_bwd_bwd(vx, vy, g, x, y, HALF: tl.constexpr = False):
+    s = logistic(y, HALF)
     d = s * (1 - s)
     dg, dy, dx = gated_bwd_bwd(vy, vx, g, x, s, d, d * (1 - 2 * s))
     return dg, dx, dy
 
 
 @triton.jit
-def swiglu(x, y):
-    return (silu(x)[0] * y,)
+def swiglu(x, y, HALF: tl.constexpr = False):
+    return (silu(x, HALF)[0] * y,)
 
 
 @triton.jit
-def swiglu_bwd(g, x, y):
-    f, d, _ = silu_slopes(x)
+def swiglu_bwd(g, x, y, HALF: tl.constexpr = False):
+    f, d, _ = silu_slopes(x, HALF)
     return gated_bwd(g, y, f, d)
 
 
 @triton.jit
-def swiglu_bwd_bwd(vx, vy, g, x, y):
-    f, d, dd = silu_slopes(x)
+def swiglu_bwd_bwd(vx, vy, g, x, y, HALF: tl.constexpr = False):
+    f, d, dd = silu_slopes(x, HALF)
     return gated_bwd_bwd(vx, vy, g, y, f, d, dd)
 
 
 @triton.jit
-def geglu(x, y):
-    return (gelu(x)[0] * y,)
+def geglu(x, y, HALF: tl.constexpr = False):
+    return (gelu(x, HALF)[0] * y,)
 
 
 @triton.jit
-def geglu_bwd(g, x, y):
-    f, d, _ = gelu_slopes(x)
+def geglu_bwd(g, x, y, HALF: tl.constexpr = False):
+    f, d, _ = gelu_slopes(x, HALF)
     return gated_bwd(g, y, f, d)
 
 
 @triton.jit
-def geglu_bwd_bwd(vx, vy, g, x, y):
-    f, d, dd = gelu_slopes(x)
+def geglu_bwd_bwd(vx, vy, g, x, y, HALF: tl.constexpr = False):
+    f, d, dd = gelu_slopes(x, HALF)
     return gated_bwd_bwd(vx, vy, g, y, f, d, dd)
 
 
 @triton.jit
-def geglu_tanh(x, y):
-    return (gelu_tanh(x)[0] * y,)
+def geglu_tanh(x, y, HALF: tl.constexpr = False):
+    return (gelu_tanh(x, HALF)[0] * y,)
 
 
 @triton.jit
-def geglu_tanh_bwd(g, x, y):
-    f, d, _ = gelu_tanh_slopes(x)
+def geglu_tanh_bwd(g, x, y, HALF: tl.constexpr = False):
+    f, d, _ = gelu_tanh_slopes(x, HALF)
     return gated_bwd(g, y, f, d)
 
 
 @triton.jit
-def geglu_tanh_bwd_bwd(vx, vy, g, x, y):
-    f, d, dd = gelu_tanh_slopes(x)
+def geglu_tanh_bwd_bwd(vx, vy, g, x, y, HALF: tl.constexpr = False):
+    f, d, dd = gelu_tanh_slopes(x, HALF)
     return gated_bwd_bwd(vx, vy, g, y, f, d, dd)
 
 

@@ -1,96 +1,20 @@
 """Elementary functions: the one place that decides which implementation a kernel calls.
 
-Compiled, they are libdevice's (CUDA) or ocml's (AMD), which are accurate to a few ulp in float32
-and float64; ``tl.exp`` and ``tl.log`` would use the fast approximations. The interpreter has no
-libdevice. There the functions are those of NumPy, or of torch where NumPy has none, evaluated in
-float64 and rounded: NumPy's own in float32 are off by up to three ulp, depending on the processor.
-
-Kernels import ``libdevice`` from here and name its functions themselves: the compiler puts the
-target's library in its place only where a jit function of the file names it, not in an alias.
+Most are the library's, which kernels name themselves (library.py). Where a device function takes
+``HALF``, it is true for operands and results in half precision: of those a function need not be
+more exact than they are, and half.py has shorter ones. In float32 and float64 nothing changes.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from . import half
+from .library import div as div
+from .library import fma, libdevice
+from .library import sqrt as sqrt
 
-if _INTERPRETED:
-    from types import SimpleNamespace
-
-    import numpy as np
-    from triton.runtime.interpreter import TensorHandle
-
-    def _elementwise(function):
-        """A function over interpreted blocks, and numbers, from a NumPy ufunc."""
-
-        def call(*values):
-            blocks = [value for value in values if isinstance(value, tl.tensor)]
-            arrays = [v.handle.data if isinstance(v, tl.tensor) else v for v in values]
-            like = max(blocks, key=lambda block: block.handle.data.size)
-            with np.errstate(all="ignore"):
-                wide = function(*[np.asarray(array, np.float64) for array in arrays])
-                data = np.asarray(wide).astype(like.handle.data.dtype)
-            return tl.tensor(TensorHandle(data, like.dtype.scalar), like.type)
-
-        return call
-
-    def _torchs(name):
-        """A ufunc from torch's function of that name."""
-
-        def function(block):
-            import torch
-
-            # Out of sight of function modes: one of them would hand the call to a kernel again.
-            with torch._C.DisableTorchFunction():
-                return getattr(torch, name)(torch.from_numpy(block)).numpy()
-
-        return function
-
-    libdevice = SimpleNamespace(
-        acos=_elementwise(np.arccos),
-        acosh=_elementwise(np.arccosh),
-        asin=_elementwise(np.arcsin),
-        asinh=_elementwise(np.arcsinh),
-        atan=_elementwise(np.arctan),
-        atan2=_elementwise(np.arctan2),
-        atanh=_elementwise(np.arctanh),
-        copysign=_elementwise(np.copysign),
-        cos=_elementwise(np.cos),
-        cosh=_elementwise(np.cosh),
-        erf=_elementwise(_torchs("erf")),
-        erfc=_elementwise(_torchs("erfc")),
-        exp=_elementwise(np.exp),
-        exp2=_elementwise(np.exp2),
-        expm1=_elementwise(np.expm1),
-        fmod=_elementwise(np.fmod),
-        hypot=_elementwise(np.hypot),
-        log=_elementwise(np.log),
-        log10=_elementwise(np.log10),
-        log1p=_elementwise(np.log1p),
-        log2=_elementwise(np.log2),
-        pow=_elementwise(np.power),
-        rint=_elementwise(np.rint),
-        rsqrt=_elementwise(lambda x: 1 / np.sqrt(x)),
-        sin=_elementwise(np.sin),
-        sinh=_elementwise(np.sinh),
-        tan=_elementwise(np.tan),
-        tanh=_elementwise(np.tanh),
-        trunc=_elementwise(np.trunc),
-    )
-    sqrt = _elementwise(np.sqrt)
-    div = _elementwise(np.divide)
-else:
-
-    @triton.jit
-    def sqrt(x):
-        # tl.sqrt is an approximation in float32; float64 has only the exact one.
-        return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
-
-    @triton.jit
-    def div(x, y):
-        # `/` is an approximation in float32; float64 has only the exact one.
-        return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+ONE_OVER_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
@@ -107,3 +31,121 @@ def inverse(x):
 def sign(x):
     # NaN compares false with everything: its sign is 0, as torch's is.
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
+def divided(x, BY: tl.constexpr):
+    """x / BY for 3 or 6, correctly rounded, as ``div`` is, whose slow path is a call for each
+    element. The quotient by a rounded reciprocal is off by less than an ulp, and what it leaves
+    of x is exact. Of 0 and infinities, where nothing is left or NaN, it keeps the sign."""
+    if x.dtype == tl.float32:
+        quotient = x * (1 / BY)
+        left = fma(quotient, tl.full(x.shape, -BY, x.dtype), x)
+        # Of subnormal numbers, what is added can be half of their last place: scaled, the product
+        # is rounded to that, and the sum to even.
+        added = left * (2.0**24 / BY)
+        nearest = fma(added, tl.full(x.shape, 2.0**-24, x.dtype), quotient)
+        return tl.where(tl.abs(left) > 0, nearest, quotient)
+    else:
+        return div(x, tl.full(x.shape, BY, x.dtype))
+
+
+@triton.jit
+def exp_down(x, HALF: tl.constexpr = False):
+    """exp of a number up to 80."""
+    if HALF:
+        return half.exp_down(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def ratio(x, y, HALF: tl.constexpr = False):
+    """x / y for y from 2**-126 to 2**126."""
+    if HALF:
+        return x * half.inverse(y)
+    else:
+        return div(x, y)
+
+
+@triton.jit
+def log1p_exp(x, HALF: tl.constexpr = False):
+    """log(1 + exp(x)) of a number that is not positive."""
+    if HALF:
+        return half.log1p_exp(x)
+    else:
+        return libdevice.log1p(libdevice.exp(x))
+
+
+@triton.jit
+def log(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.log(x)
+    else:
+        return libdevice.log(x)
+
+
+@triton.jit
+def pow(x, y, HALF: tl.constexpr = False):
+    if HALF:
+        return half.pow(x, y)
+    else:
+        return libdevice.pow(x, y)
+
+
+@triton.jit
+def normal(x, HALF: tl.constexpr = False):
+    """The normal distribution, cumulated, and its density."""
+    if HALF:
+        return half.normal(x)
+    else:
+        density = libdevice.exp(-0.5 * (x * x)) * ONE_OVER_SQRT_2PI
+        return 0.5 * libdevice.erfc(-x * SQRT_HALF), density
+
+
+@triton.jit
+def erfc(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.erfc(x)
+    else:
+        return libdevice.erfc(x)
+
+
+@triton.jit
+def atan(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.atan(x)
+    else:
+        return libdevice.atan(x)
+
+
+@triton.jit
+def atan2(y, x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.atan2(y, x)
+    else:
+        return libdevice.atan2(y, x)
+
+
+@triton.jit
+def sinh(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.sinh(x)
+    else:
+        return libdevice.sinh(x)
+
+
+@triton.jit
+def asinh(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.asinh(x)
+    else:
+        return libdevice.asinh(x)
+
+
+@triton.jit
+def atanh(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.atanh(x)
+    else:
+        return libdevice.atanh(x)

@@ -13,6 +13,9 @@ value for each tensor among that, in this order: dg, and dx, dy or dout.
 Two kernels carry them all: `pointwise_dense` where every operand is laid out in the same dense
 order, and `pointwise_strided` for the rest (broadcast, transposed, sliced). An operand is a
 pointer, or None with its value in `scalars`, or None in both when nothing stored depends on it.
+
+A function whose last parameter is `HALF` need not be more exact than half precision where its
+operands and results are that: see math.py.
 """
 
 import triton
@@ -53,6 +56,19 @@ def operand(block, RAW: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexp
         return block.to(RESULT).to(COMPUTE)
 
 
+@triton.constexpr_function
+def may_be_half(F, RESULT):
+    return "HALF" in F.arg_names and RESULT in (tl.float16, tl.bfloat16)
+
+
+@triton.jit
+def evaluate(F: tl.constexpr, values, RESULT: tl.constexpr):
+    if may_be_half(F, RESULT):
+        return F(*values, HALF=True)
+    else:
+        return F(*values)
+
+
 @triton.jit
 def dense_tile(
     offsets, mask, outs, ins, scalars, consts,
@@ -71,7 +87,7 @@ def dense_tile(
             values = values + (tl.broadcast_to(scalar(scalars[i], COMPUTE), offsets.shape),)
         else:
             values = values + (tl.zeros(offsets.shape, COMPUTE),)
-    results = F(*values, *numbers(consts, COMPUTE))
+    results = evaluate(F, values + numbers(consts, COMPUTE), RESULT)
     for i in tl.static_range(len(outs)):
         if outs[i] is not None:
             result = tl.broadcast_to(results[i], offsets.shape).to(outs[i].dtype.element_ty)
@@ -135,7 +151,7 @@ def pointwise_strided(
             values = values + (tl.broadcast_to(scalar(scalars[i], COMPUTE), mask.shape),)
         else:
             values = values + (tl.zeros(mask.shape, COMPUTE),)
-    results = F(*values, *numbers(consts, COMPUTE))
+    results = evaluate(F, values + numbers(consts, COMPUTE), RESULT)
     for i in tl.static_range(len(outs)):
         if outs[i] is not None:
             offset = (column * out_strides[i][0])[None, :]

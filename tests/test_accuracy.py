@@ -1,22 +1,29 @@
 """Values of the elementary functions against exact ones, in units in the last place (ulp).
 
 The exact values are mpmath's, to 60 digits. Each op has its formula and its range here, and one
-limit holds for all: 2 ulp in float32, 4 ulp in float64; WIDER lists what exceeds it, and why.
+limit holds for all: 2 ulp in float32, 4 ulp in float64; WIDER lists what exceeds it, and why. Half
+precision is compared with float64, which is as exact as that, at all of its numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import mpmath
+import numpy
 import pytest
 import torch
+import triton
+import triton.language as tl
 from mpmath import mpf
 from support import DEVICE
 from torch import Tensor
 
 import tritongrad
+from tritongrad.kernels import activation, arithmetic, elementary, gated
+from tritongrad.kernels import math as m
 from tritongrad.op import OPS
 from tritongrad.runtime import INTERPRETED
 
@@ -241,3 +248,159 @@ def test_an_error_would_be_seen() -> None:
         truth = [mpmath.exp(mpf(1.5))]
         assert ulp_errors(torch.exp(x), truth)[0] <= 1
         assert ulp_errors(torch.exp(x) * (1 + 4 * 2**-23), truth)[0] > 2
+
+
+HALF = {
+    "atanh": torch.atanh,
+    "asinh": torch.asinh,
+    "atan": torch.atan,
+    "entr": torch.special.entr,
+    "erfc": torch.erfc,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "logit": torch.logit,
+    "logit:clamped": lambda x: torch.logit(x, 0.2),
+    "logsigmoid": F.logsigmoid,
+    "mish": F.mish,
+    "ndtr": torch.special.ndtr,
+    "pow_number": lambda x: x**3.7,
+    "pow_number:odd": lambda x: x**-3,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "sinh": torch.sinh,
+    "softplus": F.softplus,
+    "softplus:arguments": lambda x: F.softplus(x, 3, 0.5),
+    "tanhshrink": F.tanhshrink,
+}
+"""Device function with a variant for half precision (with more behind a colon, one of several
+cases) -> torch's call. Their gradients are measured too where these have a variant."""
+
+HALF_OF_TWO = {
+    "atan2": torch.atan2,
+    "geglu": G.geglu,
+    "geglu_tanh": lambda x, y: G.geglu(x, y, "tanh"),
+    "glu": lambda x, y: F.glu(torch.cat([x, y])),
+    "logaddexp": torch.logaddexp,
+    "logaddexp2": torch.logaddexp2,
+    "pow": torch.pow,
+    "swiglu": G.swiglu,
+}
+
+ROUNDING = 0.51
+"""Limit in ulp of half precision: its rounding, and a little for what is rounded."""
+
+CANCELS = {"gelu_bwd": 0.6, "gelu_tanh_bwd": 0.6, "mish_bwd": 0.6}
+"""Limits of gradients next to where they are 0."""
+
+
+def of_variants(suffix: str) -> set[str]:
+    return {
+        name
+        for module in (activation, arithmetic, elementary, gated)
+        for name, function in vars(module).items()
+        if name.endswith(suffix) and "HALF" in getattr(function, "arg_names", ())
+    }
+
+
+def all_numbers(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16).view(dtype)
+
+
+def assert_rounded(found: Tensor, exact: Tensor, at: tuple[Tensor, ...], limit: float) -> None:
+    """That a half precision result is what float64 is rounded to, or almost."""
+    expected = exact.to(found.dtype)
+    finite = expected.isfinite() & found.isfinite()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    precision = torch.finfo(found.dtype)
+    size = exact.abs().clamp(min=precision.smallest_normal)
+    unit = precision.eps * torch.exp2(torch.floor(torch.log2(size)))
+    error = torch.where(same, 0.0, torch.where(finite, (found - exact).abs() / unit, math.inf))
+    worst = int(error.argmax())
+    where = [t[worst].item() for t in at]
+    assert error[worst] <= limit, f"{error[worst]:.3f} ulp at {where}: {found[worst]}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("case", HALF)
+def test_every_half_precision_number(case: str, dtype: torch.dtype) -> None:
+    name, function = case.split(":")[0], HALF[case]
+    x = all_numbers(dtype)
+    if name == "gelu_tanh":
+        x = x[~(x.abs() > 1e12)]  # the cube of more is no float32
+    half, double = x.clone().requires_grad_(), x.double().requires_grad_()
+    with tritongrad.use():
+        found, exact = function(half), function(double)
+        assert_rounded(found.detach(), exact.detach(), (x,), ROUNDING)
+        if f"{name}_bwd" in of_variants("_bwd"):
+            (found,) = torch.autograd.grad(found, half, torch.ones_like(found))
+            (exact,) = torch.autograd.grad(exact, double, torch.ones_like(exact))
+            # A gradient that overflows on its way does so in float32 too.
+            inside = x.abs() < 1e9
+            assert_rounded(
+                found[inside], exact[inside], (x[inside],), CANCELS.get(f"{name}_bwd", ROUNDING)
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", HALF_OF_TWO)
+def test_pairs_of_half_precision_numbers(name: str, dtype: torch.dtype) -> None:
+    """Of all magnitudes at random, of those near 1, and of each two numbers that are special."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = all_numbers(dtype)
+    wild = numbers[torch.randint(0, 2**16, (2, 2**13), generator=generator).to(DEVICE)]
+    tame = (4 * torch.randn(2, 2**13, generator=generator)).to(DEVICE, dtype)
+    inf, nan, precision = math.inf, math.nan, torch.finfo(dtype)
+    special = [0, 0.5, 1, 1.5, 2, 3, inf, nan, precision.max, precision.tiny, precision.tiny / 4]
+    pairs = torch.cartesian_prod(*2 * [torch.tensor([*special, *[-v for v in special]])])
+    x, y = torch.cat([wild, tame, pairs.t().to(DEVICE, dtype)], 1)
+    with tritongrad.use() as session:
+        found, exact = HALF_OF_TWO[name](x, y), HALF_OF_TWO[name](x.double(), y.double())
+    assert session.ran[name.removesuffix("_tanh")] == 2
+    if "glu" in name:
+        # Beyond, the first factor overflows in float32, or is subnormal there.
+        inside = (x.abs() < 9) & (y.abs() < 9)
+    else:
+        # Next to 0, the logarithm of a sum is a difference.
+        inside = (exact.abs() > 0.01) | torch.tensor("log" not in name, device=DEVICE)
+    x, y, found, exact = x[inside], y[inside], found[inside], exact[inside]
+    assert_rounded(found, exact, (x, y), ROUNDING)
+
+
+def test_every_variant_for_half_precision_is_measured() -> None:
+    inner = {"logistic", "tanh_softplus", "power_or_root"}
+    forward = {name for name in of_variants("") if not name.endswith(("_bwd", "_slopes"))}
+    assert forward - inner == {case.split(":")[0] for case in HALF} | set(HALF_OF_TWO)
+
+
+@triton.jit
+def quotients(out_ptr, first, step, BY: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = (first + i * step).to(tl.float32, bitcast=True)
+    tl.store(out_ptr + i, m.divided(x, BY))
+
+
+BINADE = 2**23
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "count"),
+    [
+        (127 * BINADE, 1, BINADE),  # from 1 to 2, every significand
+        (0, 17, 2**22),  # subnormal numbers, and those whose quotients are
+        (250 * BINADE + 1, 11, 2**22),  # up to infinity and NaN
+        (-(2**31), 3, 2**22),
+        (-(2**31) + 255 * BINADE, 1, 2**20),
+    ],
+)
+@pytest.mark.parametrize("by", [3, 6])
+def test_division_by_a_constant(by: int, first: int, step: int, count: int) -> None:
+    """As correctly rounded as the division that it is in place of."""
+    block = 2**20 if INTERPRETED else 1024
+    found = torch.empty(count, device=DEVICE)
+    with numpy.errstate(all="ignore"):
+        quotients[(count // block,)](found, first, step, BY=by, BLOCK=block)
+    bits = first + step * torch.arange(count, device=DEVICE)
+    expected = bits.to(torch.int32).view(torch.float32) / by
+    same = (found.view(torch.int32) == expected.view(torch.int32)) | (found != found)
+    assert bool(same.all())
+    assert torch.equal(found.isnan(), expected.isnan())
