@@ -60,6 +60,18 @@ def combination(acc, alpha, added_ptr, m, n, in_m, in_n, stride_m, stride_n, bet
 
 
 @triton.jit
+def pieces_of(acc, PIECES: tl.constexpr):
+    """A tile as so many of equal width, from left to right. The halves of a tile are halves of what
+    each thread has, as far as its layout goes: then nothing moves."""
+    if PIECES == 1:
+        return (acc,)
+    else:
+        halves = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        return pieces_of(left, PIECES // 2) + pieces_of(right, PIECES // 2)
+
+
+@triton.jit
 def multiplied(
     acc, a_ptrs, b_ptrs, in_a, in_b, k, K, a_step, b_step,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -81,13 +93,31 @@ def multiplied(
 
 
 @triton.jit
+def finish(
+    acc, alpha, added_ptr, m, n, in_m, N, stride_added_m, stride_added_n, beta,
+    bias_ptr, stride_bias, z_ptr, c_ptr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """Store a tile, or a piece of one, with all that follows the product."""
+    in_n = (n < N)[None, :]
+    z = combination(acc, alpha, added_ptr, m, n, in_m, in_n, stride_added_m, stride_added_n, beta)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + n[None, :] * stride_bias, mask=in_n, other=0).to(z.dtype)
+    at = m[:, None] * N + n[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=in_m & in_n)
+    if EPILOGUE is not None:
+        z = EPILOGUE(z)[0]
+    tl.store(c_ptr + at, z.to(c_ptr.dtype.element_ty), mask=in_m & in_n)
+
+
+@triton.jit
 def gemm(
     c_ptr, a_ptr, b_ptr, added_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, batch_shape, a_batch_strides, b_batch_strides,
     added_batch_strides, stride_added_m, stride_added_n, beta, alpha, S, stride_as, stride_bs,
     bias_ptr, stride_bias, z_ptr,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, EPILOGUE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One tile of one c, which is dense. `batch_shape` and the batch strides are innermost first.
     Strides that `added` is broadcast along are None, and so are factors of 1. EPILOGUE is a device
@@ -122,8 +152,8 @@ def gemm(
     if WIDE:
         m, n, k = m.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
         step = tl.full((), BLOCK_K, tl.int64)
-    a_ptrs = a_ptr + (m[:, None] * stride_am + k[None, :] * stride_ak)
-    b_ptrs = b_ptr + (k[:, None] * stride_bk + n[None, :] * stride_bn)
+    a_offsets = m[:, None] * stride_am + k[None, :] * stride_ak
+    b_offsets = k[:, None] * stride_bk + n[None, :] * stride_bn
     in_a = (m < M)[:, None]
     in_b = (n < N)[None, :]
 
@@ -132,24 +162,29 @@ def gemm(
     a_step, b_step = step * stride_ak, step * stride_bk
     if S is None:
         acc = multiplied(
-            acc, a_ptrs, b_ptrs, in_a, in_b, k, K, a_step, b_step, PRECISION, EVEN_K, BLOCK_K
-        )
+            acc, a_ptr + a_offsets, b_ptr + b_offsets, in_a, in_b, k, K, a_step, b_step,
+            PRECISION, EVEN_K, BLOCK_K,
+        )  # fmt: skip
     else:
         # A loop for each, in which Triton loads ahead. It does not where each block divides to find
         # the product that it is in, which was measured at a fiftieth of the floor.
-        one = tl.full((), 1, tl.int64 if WIDE else tl.int32)
-        for s in range(0, S):
-            a_own, b_own = a_ptrs + s * one * stride_as, b_ptrs + s * one * stride_bs
+        for _ in range(0, S):
             acc = multiplied(
-                acc, a_own, b_own, in_a, in_b, k, K, a_step, b_step, PRECISION, EVEN_K, BLOCK_K
-            )
+                acc, a_ptr + a_offsets, b_ptr + b_offsets, in_a, in_b, k, K, a_step, b_step,
+                PRECISION, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+            a_ptr += stride_as
+            b_ptr += stride_bs
 
-    acc = combination(acc, alpha, added_ptr, m, n, in_a, in_b, stride_added_m, stride_added_n, beta)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n[None, :] * stride_bias, mask=in_b, other=0).to(ACC)
-    at = m[:, None] * N + n[None, :]
-    if z_ptr is not None:
-        tl.store(z_ptr + at, acc.to(z_ptr.dtype.element_ty), mask=in_a & in_b)
-    if EPILOGUE is not None:
-        acc = EPILOGUE(acc)[0]
-    tl.store(c_ptr + at, acc.to(c_ptr.dtype.element_ty), mask=in_a & in_b)
+    # What is added, and an activation, take registers beside those of the tile: so piece by piece,
+    # each behind a branch, past which the compiler moves nothing.
+    WIDTH: tl.constexpr = BLOCK_N // PIECES
+    pieces = pieces_of(acc, PIECES)
+    for i in tl.static_range(PIECES):
+        first = tile_n * BLOCK_N + i * WIDTH
+        if first < N:
+            columns = (first + tl.arange(0, WIDTH)).to(n.dtype)
+            finish(
+                pieces[i], alpha, added_ptr, m, columns, in_a, N, stride_added_m, stride_added_n,
+                beta, bias_ptr, stride_bias, z_ptr, c_ptr, EPILOGUE,
+            )  # fmt: skip

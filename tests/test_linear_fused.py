@@ -96,12 +96,13 @@ def test_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     bias = torch.zeros(2048, dtype=torch.bfloat16, device=DEVICE)
     with runtime.stub(), runtime.observe(lambda *launch: seen.append(launch)):
-        G.linear_act(x, weight, bias, activation="gelu")
+        G.linear_act(x, weight, bias, activation="gelu_tanh")
         G.linear_add(x, weight, bias, x)
     matmul.plan.cache_clear()
     jobs = [make_job(describe(kernel, args, meta), "sm_90") for kernel, _, args, meta in seen]
     for index, answer in disassembly.compile_all(jobs, workers=1):
         meta = seen[index][3]
         where = f"{meta['BLOCK_M']} x {meta['BLOCK_N']}"
+        assert where == "128 x 256"  # as of the layer alone
         assert answer.get("spill_bytes") == 0, f"{where}: {answer}"
         assert "HGMMA" in answer["tensor_core"], where

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, Number, encode
+from ..kernels import arithmetic
 from ..kernels import matmul as k
 from ..layout import (
     INT32_MAX,
@@ -21,6 +21,9 @@ from ..layout import (
     strides_as,
 )
 from ..runtime import launch_prepared
+from . import reduction
+from .configurations import planned
+from .pointwise import elementwise
 
 
 class Tile(NamedTuple):
@@ -42,22 +45,23 @@ class Tile(NamedTuple):
 # Of each tile the depth k, 0 where the kind has no use of it. Half precision wants depth; without
 # aligned rows each element has an address of its own, for which depth costs registers. IEEE
 # float32 has no tensor core: its products are ordinary arithmetic on registers, of which a deep
-# tile would take too many. TF32 wants depth again, and aligned rows.
-_KINDS = ("half", "half, unaligned", "float32", "tf32", "float64")
+# tile would take too many, and without aligned rows a large one too. TF32 wants depth again, and
+# aligned rows.
+_KINDS = ("half", "half, unaligned", "float32", "float32, unaligned", "tf32", "float64")
 _DEPTHS = {
     # m, n, warps
-    (128, 128, 8): (64, 0, 16, 32, 0),
-    (128, 64, 8): (64, 32, 0, 0, 16),
-    (64, 128, 8): (0, 0, 16, 0, 0),
-    (64, 64, 4): (64, 32, 0, 32, 16),
-    (32, 64, 4): (32, 32, 16, 32, 0),
-    (64, 32, 4): (64, 32, 16, 32, 0),
-    (32, 32, 4): (0, 0, 0, 0, 16),
-    (16, 64, 4): (128, 32, 32, 64, 0),
-    (64, 16, 4): (128, 32, 32, 64, 0),
-    (16, 32, 4): (128, 64, 32, 64, 16),
-    (32, 16, 4): (128, 64, 32, 64, 16),
-    (16, 16, 4): (128, 64, 32, 64, 16),
+    (128, 128, 8): (64, 0, 16, 0, 32, 0),
+    (128, 64, 8): (64, 32, 0, 16, 0, 16),
+    (64, 128, 8): (0, 0, 16, 0, 0, 0),
+    (64, 64, 4): (64, 32, 0, 0, 32, 16),
+    (32, 64, 4): (32, 32, 16, 16, 32, 0),
+    (64, 32, 4): (64, 32, 16, 16, 32, 0),
+    (32, 32, 4): (0, 0, 0, 0, 0, 16),
+    (16, 64, 4): (128, 32, 32, 32, 64, 0),
+    (64, 16, 4): (128, 32, 32, 32, 64, 0),
+    (16, 32, 4): (128, 64, 32, 32, 64, 16),
+    (32, 16, 4): (128, 64, 32, 32, 64, 16),
+    (16, 16, 4): (128, 64, 32, 32, 64, 16),
 }
 
 
@@ -74,12 +78,19 @@ _TILES = {
     )
     for i, kind in enumerate(_KINDS)
 }
-# Reads a quarter less, and keeps Hopper's tensor cores busier. Before Hopper it spills.
-_HALF_HOPPER = Tile(128, 256, 64, 8, 3)
 
-# Programs that keep a GPU busy (an H200 has 132 multiprocessors): a larger tile that makes fewer
-# of them leaves multiprocessors idle.
-FILL = 128
+# What Hopper's tensor cores do best with, beside those. They take both operands from shared memory,
+# b's columns once for each 64 rows, so a wide tile serves them better than a high one. The first
+# spills before Hopper.
+_HOPPER = tuple(
+    sorted(
+        (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4), *_TILES["half"]),
+        key=lambda tile: -tile.m * tile.n,
+    )
+)
+
+PROCESSORS = 132
+"""Multiprocessors of the GPU that a tile is chosen for, an H100 or H200."""
 
 _HAS_WGMMA = (
     torch.version.hip is None
@@ -97,10 +108,12 @@ def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...
     if dtype is torch.float64:
         return _TILES["float64"]
     if dtype is torch.float32:
-        return _TILES["float32" if precision == "ieee" or not aligned else "tf32"]
+        if not aligned:
+            return _TILES["float32, unaligned"]
+        return _TILES["float32" if precision == "ieee" else "tf32"]
     if not aligned:
         return _TILES["half, unaligned"]
-    return (_HALF_HOPPER, *_TILES["half"]) if _HAS_WGMMA else _TILES["half"]
+    return _HOPPER if _HAS_WGMMA else _TILES["half"]
 
 
 def _tile(
@@ -108,20 +121,30 @@ def _tile(
     precision: str,
     aligned: bool,
     sizes: tuple[int, int, int],
-    adding: bool = False,
 ) -> Tile:
-    """The largest tile that fills the GPU, of those that are not larger than the result, and where
-    a whole tile is added, or an activation computed, whose steps are taken by all elements in turn,
-    leave registers for that: 32 accumulators a thread."""
+    """The tile with which the busiest multiprocessor reads least, the larger of two, of those that
+    are not larger than the result: for each step in k, m + n elements for each of its programs."""
     batch, m, n = sizes
     limit_m, limit_n = max(next_power_of_two(m), 16), max(next_power_of_two(n), 16)
-    fitting = [t for t in _tiles(dtype, precision, aligned) if t.m <= limit_m and t.n <= limit_n]
-    if adding:
-        fitting = [t for t in fitting if t.m * t.n <= 32 * 32 * t.warps]
-    for tile in fitting:
-        if batch * -(-m // tile.m) * -(-n // tile.n) >= FILL:
-            return tile
-    return fitting[-1]
+
+    def read(tile: Tile) -> int:
+        programs = batch * -(-m // tile.m) * -(-n // tile.n)
+        return -(-programs // PROCESSORS) * (tile.m + tile.n)
+
+    tiles = _tiles(dtype, precision, aligned)
+    return min((t for t in tiles if t.m <= limit_m and t.n <= limit_n), key=read)
+
+
+def _step(stride: int, other: int) -> int:
+    """How far apart a matrix' rows, or columns, are whose elements lie side by side; 1 for none."""
+    return stride if other == 1 else other if stride == 1 else 1
+
+
+def _pieces(tile: Tile, adding: bool, epilogue: bool) -> int:
+    """In how many pieces a tile is finished: what is added to each of its elements is 32 numbers a
+    thread at a time, and an activation, whose steps all elements take in turn, one of 16."""
+    accumulators = tile.m * tile.n // (32 * tile.warps)
+    return max(accumulators // (16 if epilogue else 32), 1) if adding or epilogue else 1
 
 
 def _walk(own: Sequence[int], strides: Strides, shape: torch.Size) -> Strides:
@@ -146,6 +169,10 @@ class Plan(NamedTuple):
         grid: None if the result is empty.
         geometry: the kernel's arguments after its pointers.
         meta: its constexprs.
+        sums: the reduction that a product with one row or column is, instead of tiles.
+        outer: shapes and strides of the operands of the pointwise product that one with nothing to
+            sum over is.
+        factors: of the product, and of what is added, in either of these.
     """
 
     shape: torch.Size
@@ -153,9 +180,12 @@ class Plan(NamedTuple):
     grid: tuple[int] | None
     geometry: tuple[Any, ...]
     meta: dict[str, Any]
+    sums: reduction.Plan | None = None
+    outer: tuple[torch.Size, Strides, torch.Size, Strides] | None = None
+    factors: tuple[Number, Number] = (1, 1)
 
 
-@lru_cache(maxsize=4096)
+@planned
 def plan(
     a_shape: torch.Size,
     a_strides: Strides,
@@ -167,11 +197,14 @@ def plan(
     added: Addend | None = None,
     epilogue: Any = None,
     summed: bool = False,
+    device: int | None = None,
 ) -> Plan:
     """How to multiply operands of these shapes and strides, float32 in ``float32_precision()``;
     ``alpha`` times their product, and something added, and a device function of all that.
-    ``summed``: the product is summed over the last dimension of its batch, which both have."""
+    ``summed``: the product is summed over the last dimension of its batch, which both have.
+    ``device``: where other kernels may do it, if ``run`` is what launches it, without a bias."""
     precision = "tf32" if dtype is torch.float32 and precision == "tf32" else "ieee"
+    operands = a_shape, a_strides, b_shape, b_strides
     parts: tuple[int, ...] = ()
     if summed:
         a_shape, a_strides, b_shape, b_strides, parts = _side_by_side(
@@ -204,15 +237,16 @@ def plan(
     if min(m, n) == 1:
         # Limited by memory: rounding the operands would gain nothing.
         precision = "ieee"
-    # A matrix of which neither stride is 1 has nothing that is aligned.
-    aligned = (
-        1 in (stride_am, stride_ak)
-        and 1 in (stride_bk, stride_bn)
-        and (max(stride_am, stride_ak) | max(stride_bk, stride_bn) | n) % 16 == 0
-        and all(n % 16 == 0 for n in parts)
-    )
-    adding = bool(stride_dm and stride_dn) or epilogue is not None
-    tile = _tile(dtype, precision, aligned, (batch, m, n), adding)
+    steps = _step(stride_am, stride_ak), _step(stride_bk, stride_bn)
+    aligned = all(step % 16 == 0 for step in (*steps, n, *parts[1:]))
+    if device is not None and epilogue is None:
+        # Limited by memory, and tiles have 16 of each at least.
+        other = Plan(shape, strides, None, (), {}, factors=(alpha, addend.beta))
+        if depth == 1 and not summed:
+            return other._replace(outer=operands)
+        if min(m, n) == 1:
+            return other._replace(sums=_sums(*operands, dtype, device, summed))
+    tile = _tile(dtype, precision, aligned, (batch, m, n))
     a_reach = m * stride_am + depth * stride_ak
     b_reach = depth * stride_bk + n * stride_bn
     if parts:
@@ -227,6 +261,7 @@ def plan(
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
+        "PIECES": _pieces(tile, bool(stride_dm and stride_dn), epilogue is not None),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
@@ -237,6 +272,32 @@ def plan(
         _factor(addend.beta, dtype), _factor(alpha, dtype), *(parts or (None, None, None)),
     )  # fmt: skip
     return Plan(shape, strides, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
+
+
+def _sums(
+    a_shape: torch.Size,
+    a_strides: Strides,
+    b_shape: torch.Size,
+    b_strides: Strides,
+    dtype: torch.dtype,
+    device: int,
+    summed: bool,
+) -> reduction.Plan:
+    """A product of matrices as a reduction: each of its elements is a sum of products."""
+    outer = 3 if summed else 2
+    shapes = (
+        torch.Size((*a_shape[:-outer], a_shape[-2], 1, *a_shape[-outer:-2], a_shape[-1])),
+        torch.Size((*b_shape[:-outer], 1, b_shape[-1], *b_shape[-outer:-2], b_shape[-2])),
+    )
+    strides = (
+        (*a_strides[:-outer], a_strides[-2], 0, *a_strides[-outer:-2], a_strides[-1]),
+        (*b_strides[:-outer], 0, b_strides[-1], *b_strides[-outer:-2], b_strides[-2]),
+    )
+    rank = max(len(a_shape), len(b_shape)) + 1
+    return reduction.plan(
+        reduction.PRODUCT, shapes, strides, tuple(range(rank + 1 - outer, rank)), False, dtype,
+        device,
+    )  # fmt: skip
 
 
 def _side_by_side(
@@ -279,7 +340,7 @@ def matrix_product(
     addend = None if added is None else Addend(added.shape, added.stride(), beta)
     found = plan(
         a.shape, a.stride(), b.shape, b.stride(), a.dtype, float32_precision(), alpha, addend,
-        summed=summed,
+        summed=summed, device=a.get_device(),
     )  # fmt: skip
     return run(found, a, b, added)
 
@@ -289,9 +350,41 @@ def run(
 ) -> Tensor:
     """``matrix_product`` of operands of the shapes and strides that ``plan`` was made for, with a
     number of ``bias`` added to each column."""
+    if plan.outer is not None:
+        x, y = a.as_strided(*plan.outer[:2]), b.as_strided(*plan.outer[2:])
+        return _add_products(plan, x, y, added, a.dtype)
+    if plan.sums is not None:
+        return _run_sums(plan, plan.sums, a, b, added)
     # Not new_empty(): of torch's allocators the strided ones have the least overhead.
     out = a.new_empty_strided(plan.shape, plan.strides)
     _launch(plan, out, a, b, added, bias, None)
+    return out
+
+
+def _run_sums(
+    plan: Plan, sums: reduction.Plan, a: Tensor, b: Tensor, added: Tensor | None
+) -> Tensor:
+    if added is None and plan.factors[0] == 1:
+        out = reduction.run(sums, (a, b), a.dtype)
+        # In place: a view made inside a Function could not be modified in place by the user.
+        return out if out.shape == plan.shape else out.as_strided_(plan.shape, plan.strides)
+    # Rounded once, at the end.
+    total = reduction.run(sums, (a, b), COMPUTE_DTYPE[a.dtype])
+    return _add_products(plan, total, None, added, a.dtype)
+
+
+def _add_products(
+    plan: Plan, x: Tensor, y: Tensor | None, added: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``alpha * x * y + beta * added``, absent ones being 1 and 0."""
+    alpha, beta = plan.factors
+    out = x.new_empty_strided(plan.shape, plan.strides, dtype=dtype)
+    into = out.view(x.shape if y is None else torch.broadcast_shapes(x.shape, y.shape))
+    scalars = 0 if added is None else None, None, 1 if y is None else None
+    elementwise(
+        arithmetic.addr, 0, (added, x, y), scalars, (beta, alpha), COMPUTE_DTYPE[dtype], (dtype,),
+        (into,),
+    )  # fmt: skip
     return out
 
 

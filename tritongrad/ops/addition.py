@@ -2,7 +2,8 @@
 ``input`` counts for nothing, not even its NaN.
 
 ``addmm``, ``baddbmm`` and ``addbmm``, which sums over its batch too, are one product of matrices
-each, with what is added in its epilogue; ``addmv`` is ``addmm`` of views; ``addr`` is pointwise.
+each, with what is added in its epilogue; ``addmv`` is ``addmm`` of views, which of one column is a
+reduction; ``addr`` is pointwise.
 """
 
 from __future__ import annotations
@@ -128,28 +129,30 @@ def _addr_samples(make: Make) -> Iterator[Sample]:
 # ------------------------------------------------------------------------------------------- TABLE
 
 T = Tensor
+ADDITION = GEMM + REDUCTION + POINTWISE
 
 register(product(
     "addmm", torch.addmm, T.addmm,
-    bind=_bind_addmm, kernels=GEMM, backward_kernels=GEMM + REDUCTION + POINTWISE,
+    bind=_bind_addmm, kernels=ADDITION, backward_kernels=ADDITION,
     formula="dx = beta * g; da = alpha * g @ b.T; db = alpha * a.T @ g",
     samples=_addmm_samples, autocast=LOWER, opinfo=("addmm",),
 ))  # fmt: skip
 register(product(
     "baddbmm", torch.baddbmm, T.baddbmm,
-    bind=_bind_baddbmm, kernels=GEMM, backward_kernels=GEMM + REDUCTION + POINTWISE,
+    bind=_bind_baddbmm, kernels=ADDITION, backward_kernels=ADDITION,
     formula="dx = beta * g; da = alpha * g @ b.mT; db = alpha * a.mT @ g",
     samples=_baddbmm_samples, autocast=LOWER, opinfo=("baddbmm",),
 ))  # fmt: skip
 composite(
     "addmv", torch.addmv, T.addmv,
     bind=_bind_addmv, value=_addmv,
-    kernels=GEMM, formula="dx = beta * g; da = alpha * outer(g, v); dv = alpha * a.T @ g",
+    kernels=REDUCTION + POINTWISE,
+    formula="dx = beta * g; da = alpha * outer(g, v); dv = alpha * a.T @ g",
     samples=_addmv_samples, autocast={"cpu": "keep", "cuda": "lower"},
 )  # fmt: skip
 register(product(
     "addbmm", torch.addbmm, T.addbmm,
-    bind=_bind_addbmm, kernels=GEMM, backward_kernels=GEMM + REDUCTION + POINTWISE,
+    bind=_bind_addbmm, kernels=ADDITION, backward_kernels=ADDITION,
     formula="dx = beta * g; da = alpha * g @ b.mT; db = alpha * a.mT @ g",
     samples=_addbmm_samples, autocast=LOWER, opinfo=("addbmm",),
 ))  # fmt: skip

@@ -377,7 +377,7 @@ VECTOR_BACKWARD = ("pointwise_dense", "pointwise_strided", *REDUCTION)
 CONTRACTION = product(
     "contraction",
     bind=None,
-    kernels=GEMM + REDUCTION,
+    kernels=GEMM + VECTOR_BACKWARD,
     backward_kernels=GEMM + VECTOR_BACKWARD,
     formula="any product of either form: what the others become under vmap",
 )

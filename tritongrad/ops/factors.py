@@ -76,8 +76,9 @@ def read(form: Form, a: Tensor, b: Tensor) -> Params:
     specs = Spec(a.shape, dtype), Spec(b.shape, dtype)
     if isinstance(params, Matrices):
         product = matmul.plan(
-            a.shape, a.stride(), b.shape, b.stride(), dtype, matmul.float32_precision()
-        )
+            a.shape, a.stride(), b.shape, b.stride(), dtype, matmul.float32_precision(),
+            device=a.get_device(),
+        )  # fmt: skip
         return params._replace(specs=specs, plan=product)
     rank = max(a.dim(), b.dim())
     dims = tuple([rank + d for d in params.dims])
@@ -103,7 +104,7 @@ def read_sum(
     read = matmul.Addend(added.shape, added.stride(), beta) if beta else None
     product = matmul.plan(
         a.shape, a.stride(), b.shape, b.stride(), a.dtype, matmul.float32_precision(), alpha, read,
-        summed=params.summed,
+        summed=params.summed, device=a.get_device(),
     )  # fmt: skip
     return params._replace(
         specs=tuple([Spec(t.shape, t.dtype) for t in (a, b, added)]), plan=product

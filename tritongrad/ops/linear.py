@@ -15,6 +15,7 @@ from ..launchers import matmul
 from ..layout import batch_first
 from ..op import BackwardParams, Needs, Op, Spec, Tensors, Unsupported, register
 from ..sampling import Make, Sample
+from .composite import POINTWISE
 from .contraction import (
     GEMM,
     REDUCTION,
@@ -60,20 +61,26 @@ def bind_linear(
         specs = tuple(
             [None if t is None else Spec(t.shape, t.dtype) for t in (input, weight, bias)]
         )
-        params = params._replace(specs=specs, plan=plan_linear(input, weight, bias))
+        params = params._replace(
+            specs=specs, plan=plan_linear(input, weight, bias, device=input.get_device())
+        )
     return tensors, params
 
 
 def plan_linear(
-    x: Tensor, weight: Tensor, added: Tensor | None, epilogue: Any = None
+    x: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    epilogue: Any = None,
+    device: int | None = None,
 ) -> matmul.Plan:
-    """The launch for ``epilogue(x @ weight.T + added)``."""
+    """The launch for ``epilogue(x @ weight.T + added)``; ``device`` as ``matmul.plan`` has it."""
     # A vector is a matrix of one row, but for the shape of the result.
     table = (x.shape, x.stride()) if x.dim() > 1 else (torch.Size((1, *x.shape)), (0, *x.stride()))
     addend = None if added is None else matmul.Addend(added.shape, added.stride())
     weight_t = weight.shape[::-1], weight.stride()[::-1]
     precision = matmul.float32_precision()
-    launch = matmul.plan(*table, *weight_t, x.dtype, precision, 1, addend, epilogue)
+    launch = matmul.plan(*table, *weight_t, x.dtype, precision, 1, addend, epilogue, False, device)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     return launch._replace(shape=shape, strides=launch.strides[-x.dim() :])
 
@@ -191,7 +198,7 @@ register(
         autocast=LOWER,
         schema="(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
         opinfo=("nn.functional.linear",),
-        kernels=GEMM,
+        kernels=GEMM + REDUCTION + POINTWISE,
         formula="dx = g @ w; dw = g.T @ x; db = sum of g over rows",
         dtypes=FLOATING,
         cost=cost,

@@ -214,13 +214,13 @@ register(product(
 ))  # fmt: skip
 register(product(
     "mm", torch.mm, T.mm,
-    bind=_bind_mm, kernels=GEMM, backward_kernels=GEMM,
+    bind=_bind_mm, kernels=GEMM + REDUCTION, backward_kernels=GEMM + REDUCTION,
     formula="da = g @ b.T; db = a.T @ g",
     samples=_mm_samples, autocast=LOWER, opinfo=("mm",),
 ))  # fmt: skip
 register(product(
     "bmm", torch.bmm, T.bmm,
-    bind=_bind_bmm, kernels=GEMM, backward_kernels=GEMM,
+    bind=_bind_bmm, kernels=GEMM + REDUCTION, backward_kernels=GEMM + REDUCTION,
     formula="da = g @ b.mT; db = a.mT @ g",
     samples=_bmm_samples, autocast=LOWER, opinfo=("bmm",),
 ))  # fmt: skip

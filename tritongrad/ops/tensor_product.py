@@ -303,12 +303,12 @@ composite(
 composite(
     "chain_matmul", torch.chain_matmul,
     bind=_bind_chain_matmul, value=_multiply_chain,
-    kernels=GEMM, formula="those of each product in the cheapest order",
+    kernels=GEMM + REDUCTION, formula="those of each product in the cheapest order",
     samples=_chain_samples, autocast={"cuda": "lower"}, opinfo=(),
 )  # fmt: skip
 composite(
     "multi_dot", torch.linalg.multi_dot,
     bind=_bind_multi_dot, value=_multiply_chain,
-    kernels=GEMM, formula="those of each product in the cheapest order",
+    kernels=GEMM + REDUCTION, formula="those of each product in the cheapest order",
     samples=_multi_dot_samples, autocast={"cuda": "lower"}, opinfo=("linalg.multi_dot",),
 )  # fmt: skip
