@@ -14,7 +14,18 @@ from scenarios import SUMMED, small
 from support import DEVICE, assert_same, floats, random_like
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    vjp,
+    vmap,
+)
 
 import tritongrad
 from tritongrad.op import OPS
@@ -221,6 +232,25 @@ def test_transforms_over_dual_numbers() -> None:
             return forward_ad.unpack_dual(grad(f)(forward_ad.make_dual(x, v))).tangent
 
     assert_same(mixed(rerouted(function)), mixed(function), "mixed", tolerance=SUMMED)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_functionalize_is_given_torchs_operators(name: str) -> None:
+    """It refuses an autograd.Function, wherever it is among other transforms, and in a backward."""
+    function, closed = COMPOSITIONS[name], point().requires_grad_()
+    x = closed.detach()
+    y = rerouted(function)(closed)
+    for transform in (
+        functionalize,
+        lambda f: functionalize(grad(f)),
+        lambda f: grad(functionalize(f)),
+    ):
+        expected = transform(function)(x)
+        with tritongrad.use():
+            found = transform(function)(x)
+        assert_same(found, expected, name, tolerance=SUMMED)
+    (found,) = functionalize(lambda g: torch.autograd.grad(y, closed, g))(torch.ones_like(y))
+    assert_same(found, grad(function)(x), name, tolerance=SUMMED)
 
 
 def test_a_network_as_a_function_of_its_parameters() -> None:

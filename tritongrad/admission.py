@@ -54,6 +54,16 @@ transforming = torch._C._are_functorch_transforms_active
 """Whether a call is made inside a transform of torch.func."""
 
 
+def functionalizing() -> bool:
+    """Whether ``torch.func.functionalize``, which refuses every autograd.Function, is one of the
+    transforms around a call."""
+    if not transforming():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    kind = torch._C._functorch.TransformType.Functionalize
+    return any(level.key() == kind for level in levels)
+
+
 def memory(tensor: Tensor) -> Tensor:
     """What is under the wrappers that transforms put around a tensor."""
     while _is_wrapped(tensor):
@@ -86,7 +96,7 @@ def admit(tensor: Tensor) -> None:
 def launchable(tensors: Tensors) -> bool:
     """Whether our kernels may compute with ``tensors``: not under a tracer, which must see ATen
     operators, nor with anything but memory under its wrappers (zeros of forward mode)."""
-    if _dispatch_modes() or _is_tracing():
+    if _dispatch_modes() or _is_tracing() or functionalizing():
         return False
     return all(tensor is None or is_plain(memory(tensor)) for tensor in tensors)
 

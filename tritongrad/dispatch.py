@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from . import library, runtime
-from .admission import transforming
+from .admission import functionalizing, transforming
 from .extension import EXTENSIONS
 from .op import OVERLOADS, TARGETS, Bind, Op, OtherOverload, Tensors, Unsupported
 from .policy import SLOWER, Policy
@@ -86,6 +86,8 @@ def dispatch(
         if _dispatch_modes() or _is_tracing():
             # Tracers and fake tensors must see ATen operators, not our launches.
             raise Unsupported("a tracer or dispatch mode is active")
+        if functionalizing():
+            raise Unsupported("functionalize is active")
         if op.autocast and _any_autocast():
             # What falls back is torch's to cast.
             cast_args, cast_kwargs = autocast(op, args, kwargs)
