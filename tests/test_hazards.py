@@ -14,6 +14,7 @@ import torch
 from scenarios import SUMMED, agree, gradients, launches, linked, small, square_sum
 from support import ALL, DEVICE, DIFFERENTIABLE, Call, assert_same, floats, random_like
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -159,6 +160,24 @@ def test_nothing_overwritten(name: str, dtype: torch.dtype) -> None:
         if present:
             gradients(present, [*call.inputs, *grads])
         assert all(map(torch.equal, before, bits(watched))), str(call)
+
+
+@each_op
+@pytest.mark.mechanism
+def test_tangents_of_inputs_are_not_results(name: str) -> None:
+    """4: what is done to a result in place is done to its tangent, and to no input's."""
+    for call in small(name, most=4):
+        for x in call.inputs:
+            (given,) = random_like([x])
+            before = given.clone()
+            with forward_ad.dual_level():
+                duals = [
+                    forward_ad.make_dual(t.detach().clone(), given) if t is x else t.detach()
+                    for t in call.inputs
+                ]
+                for result in floats(call.triton(*duals)):
+                    result.mul_(2)
+            assert_same(given, before, str(call))
 
 
 @each_op

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import runtime
-from .admission import is_plain, launchable, settle, transforming
+from .admission import is_plain, launchable, memory, settle, transforming
 from .dispatch import apply, rules
 from .op import BackwardParams, Needs, Op, Rule, Spec, Tensors
 from .runtime import local
 
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_shares_memory = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
 _ALL = tuple(range(64))  # indices of an op's tensors, which are never so many
@@ -132,10 +133,10 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
             forward_ad._set_fwd_grad_enabled(True),
         ):
             result = pushforward(op, params, tensors, outputs, tangents)
+            several = type(result) is tuple
+            owned = [own(t, tangents) for t in (result if several else (result,))]
         extra = len(outputs) - op.outputs
-        if extra > 0:
-            return (*(result if type(result) is tuple else (result,)), *[None] * extra)
-        return result
+        return (*owned, *[None] * extra) if several or extra > 0 else owned[0]
 
     def vmap(info: Any, in_dims: tuple, params: Any, *tensors: Tensor | None) -> Any:
         with rules():
@@ -285,6 +286,16 @@ def differentiate(op: Op, params: Any, needs: Needs, grads: Tensors, tensors: Te
             )
     results = dict(zip(wanted, found, strict=True))
     return tuple(results.get(i) for i in range(len(needs)))
+
+
+def own(tangent: Any, given: Tensors) -> Any:
+    """A result's tangent in memory of its own: what is done to the result in place is done to it,
+    and must not reach a tangent of the inputs."""
+    if tangent is not None:
+        held = memory(tangent)
+        if any(t is not None and _shares_memory(held, memory(t)) for t in given):
+            return tangent.clone()
+    return tangent
 
 
 def pushforward(op: Op, params: Any, tensors: Tensors, outputs: Tensors, tangents: Tensors) -> Any:
