@@ -18,12 +18,13 @@ import triton.language as tl
 from . import collective
 from . import math as m
 from .math import libdevice
-from .pointwise import numbers
+from .pointwise import numbers, operand, scalar
 
-# A tile's accumulators: 16 floats a thread, so four 16-byte loads in flight in each, and in float64
-# half as many elements. With twice that, a map that looks for NaN spills.
-# Half of it where there are several accumulators, which do more with each element.
-TILE_BYTES = 8192
+# Bytes of a tile: 16 for each of 128 threads, so that one load is what a thread reads of it.
+TILE_BYTES = 2048
+# Tiles that are loaded before the first of them is combined. It takes some 32 KiB in flight on a
+# multiprocessor to keep its memory busy, and accumulators for one tile alone.
+AHEAD = 4
 # Kept elements of a tile whose contiguous axis is the kept one: a warp reads 512 bytes in float32.
 KEPT_BLOCK = 128
 # A contiguous run of reduced elements this long is walked by itself; shorter ones are strung
@@ -56,98 +57,196 @@ def share(rows, BLOCK_ROWS: tl.constexpr, WIDE: tl.constexpr):
     return program // row_tiles, (program % row_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
 
 
+# Functions cannot return None: what stands in a place that nothing is read of is a zero.
+
+
 @triton.jit
 def rows_of(tensors, row, shape, strides):
-    """Pointers to the beginnings of a tile's rows in each of `tensors`."""
+    """Pointers to the beginnings of a tile's rows in each of `tensors`; one pointer for all rows
+    where there are no strides."""
     pointers = ()
     for i in tl.static_range(len(tensors)):
-        pointers = pointers + (tensors[i] + locate(row, shape, strides[i])[:, None],)
+        if tensors[i] is None:
+            pointers = pointers + (0,)
+        elif strides[i] is None:
+            pointers = pointers + (tensors[i],)
+        else:
+            pointers = pointers + (tensors[i] + locate(row, shape, strides[i])[:, None],)
     return pointers
 
 
 @triton.jit
+def hold(
+    ins, pointers, scalars, kept_strides, reduced_strides, mask, steps,
+    RAW: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What does not change along a row: numbers, and operands that are broadcast along it, which
+    may have no memory where a row has no elements."""
+    held = ()
+    for i in tl.static_range(len(ins)):
+        if reduced_strides[i] is not None:
+            held = held + (0,)
+        elif ins[i] is None:
+            if scalars[i] is None:
+                held = held + (tl.full((), 0, COMPUTE),)
+            else:
+                held = held + (scalar(scalars[i], COMPUTE),)
+        else:
+            if kept_strides[i] is None:
+                block = tl.load(pointers[i], mask=steps > 0)
+            else:
+                block = tl.load(pointers[i], mask=mask & (steps > 0))
+            held = held + (operand(block, (RAW >> i) & 1, RESULT, COMPUTE),)
+    return held
+
+
+@triton.jit
+def offsets_of(column, run, shape, strides, RUNS: tl.constexpr):
+    """Of the columns of a tile in each operand that has strides."""
+    offsets = ()
+    for i in tl.static_range(len(strides)):
+        if strides[i] is None:
+            offsets = offsets + (0,)
+        elif RUNS:
+            offset = column * strides[i][0]
+            if len(shape) > 1:
+                offset += locate(run, shape[1:], strides[i][1:])
+            offsets = offsets + (offset[None, :],)
+        else:
+            offsets = offsets + (locate(column, shape, strides[i])[None, :],)
+    return offsets
+
+
+@triton.jit
+def load_tile(pointers, offsets, kept_strides, reduced_strides, row_mask, column_mask):
+    """A tile of each operand that is not held; all of its columns without `column_mask`."""
+    blocks = ()
+    for i in tl.static_range(len(pointers)):
+        if reduced_strides[i] is None:
+            blocks = blocks + (0,)
+        elif kept_strides[i] is None:
+            blocks = blocks + (tl.load(pointers[i] + offsets[i], mask=column_mask),)
+        elif column_mask is None:
+            blocks = blocks + (tl.load(pointers[i] + offsets[i], mask=row_mask),)
+        else:
+            blocks = blocks + (tl.load(pointers[i] + offsets[i], mask=row_mask & column_mask),)
+    return blocks
+
+
+@triton.jit
 def mapped(
-    pointers, offsets, index, mask, params,
-    MAP: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+    blocks, held, index, params, reduced_strides, shape: tl.constexpr,
+    MAP: tl.constexpr, COLUMN: tl.constexpr, RAW: tl.constexpr,
+    RESULT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """MAP of a tile of the operands, each first converted to the result's type, as torch does."""
     values = ()
-    for i in tl.static_range(len(pointers)):
-        block = tl.load(pointers[i] + offsets[i], mask=mask)
-        if MAP is None:
-            values = values + (block,)
+    for i in tl.static_range(len(blocks)):
+        if reduced_strides[i] is None:
+            value = held[i]
+        elif MAP is None:
+            value = blocks[i]
         else:
-            values = values + (block.to(RESULT).to(COMPUTE),)
+            value = operand(blocks[i], (RAW >> i) & 1, RESULT, COMPUTE)
+        values = values + (tl.broadcast_to(value, shape),)
     if MAP is None:
         return values
-    else:
+    elif COLUMN is None:
         return MAP(*values, *index, *params)
+    else:
+        return (tl.broadcast_to(MAP(*values, *index, *params)[COLUMN], shape),)
 
 
 @triton.jit
 def reduce(
-    outs, ins, map_params, finish_params,
+    outs, ins, scalars, map_params, finish_params,
     kept_shape, out_strides, kept_strides, reduced_shape, reduced_strides,
     rows, length, steps, span,
-    MAP: tl.constexpr, COMBINE: tl.constexpr, FINISH: tl.constexpr,
-    IDENTITY: tl.constexpr, INDEXED: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+    MAP: tl.constexpr, COMBINE: tl.constexpr, STEP: tl.constexpr, FINISH: tl.constexpr,
+    IDENTITY: tl.constexpr, INDEX: tl.constexpr, COLUMN: tl.constexpr, RAW: tl.constexpr,
+    RESULT: tl.constexpr, COMPUTE: tl.constexpr,
     RUNS: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Shapes and strides are innermost first; `kept_strides` and `reduced_strides` have one tuple
-    for each operand. If INDEXED, `reduced_strides` has one more, by which a reduced element finds
+    for each operand, or None where it is broadcast along all of these. An operand is a pointer, or
+    None with its value in `scalars`, or None in both when nothing depends on it. Those whose bit is
+    set in RAW are conditions. COLUMN: which of MAP's results is reduced, None for all.
+
+    With an INDEX, the type of one, `reduced_strides` has one more, by which a reduced element finds
     its place in the order that torch counts in; MAP receives it as its last operand, and the last
-    accumulator is one of such indices.
+    accumulator is one of such indices. STEP is COMBINE with one more element, in their order.
 
     `rows` kept elements; `length` reduced ones in a run (RUNS: the innermost reduced dimension, the
-    others numbering the runs; otherwise all of them), `steps` tiles along all runs, `span` of them
-    for each program. Part s of the results, where there are several, lies `s * rows` further on.
+    others numbering the runs; otherwise all of them), `steps` of AHEAD tiles along all runs, `span`
+    of them for each program. Part s of the results, where there are several, lies `s * rows`
+    further on.
     """
     part, row = share(rows, BLOCK_ROWS, WIDE)
     row_mask = (row < rows)[:, None]
     pointers = rows_of(ins, row, kept_shape, kept_strides)
     params = numbers(map_params, COMPUTE)
+    held = hold(
+        ins, pointers, scalars, kept_strides, reduced_strides, row_mask, steps,
+        RAW, RESULT, COMPUTE,
+    )  # fmt: skip
 
+    shape: tl.constexpr = (BLOCK_ROWS, BLOCK_COLUMNS)
     identity = ()
     for i in tl.static_range(len(IDENTITY)):
-        if INDEXED and i == len(IDENTITY) - 1:
-            identity = identity + (tl.full((BLOCK_ROWS, BLOCK_COLUMNS), IDENTITY[i], tl.int64),)
+        if INDEX is not None and i == len(IDENTITY) - 1:
+            identity = identity + (tl.full(shape, IDENTITY[i], INDEX),)
         else:
-            identity = identity + (tl.full((BLOCK_ROWS, BLOCK_COLUMNS), IDENTITY[i], COMPUTE),)
+            identity = identity + (tl.full(shape, IDENTITY[i], COMPUTE),)
     total = identity
-    run_steps = tl.cdiv(length, BLOCK_COLUMNS)
+    run_steps = tl.cdiv(length, AHEAD * BLOCK_COLUMNS)
     for step in range(part * span, tl.minimum(part * span + span, steps)):
+        run = step
+        start = step * (AHEAD * BLOCK_COLUMNS)
         if RUNS and len(reduced_shape) > 1:
             run = step // run_steps
-            start = (step % run_steps) * BLOCK_COLUMNS
-        else:
-            start = step * BLOCK_COLUMNS
-        # 64 bits if WIDE; the interpreter's loop variable has no type of its own to see to that.
-        column = (start + tl.arange(0, BLOCK_COLUMNS)).to(row.dtype)
-        offsets = ()
-        for i in tl.static_range(len(reduced_strides)):
-            if RUNS:
-                offset = column * reduced_strides[i][0]
-                if len(reduced_shape) > 1:
-                    offset += locate(run, reduced_shape[1:], reduced_strides[i][1:])
-            else:
-                offset = locate(column, reduced_shape, reduced_strides[i])
-            offsets = offsets + (offset[None, :],)
-        index = ()
-        if INDEXED and MAP is not None:
-            index = (offsets[len(ins)].to(tl.int64),)
+            start = (step % run_steps) * (AHEAD * BLOCK_COLUMNS)
         # A column mask whose bound is not a multiple of 16 would cost the vector loads, so only the
         # last tile of a run has one.
-        if start + BLOCK_COLUMNS <= length:
-            value = mapped(pointers, offsets, index, row_mask, params, MAP, RESULT, COMPUTE)
+        if start + AHEAD * BLOCK_COLUMNS <= length:
+            tiles = ()
+            for ahead in tl.static_range(AHEAD):
+                column = start + ahead * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+                column = column.to(row.dtype)
+                offsets = offsets_of(column, run, reduced_shape, reduced_strides, RUNS)
+                blocks = load_tile(pointers, offsets, kept_strides, reduced_strides, row_mask, None)
+                index = ()
+                if INDEX is not None and MAP is not None:
+                    index = (offsets[len(ins)].to(INDEX),)
+                tiles = tiles + ((blocks, index),)
+            for ahead in tl.static_range(AHEAD):
+                blocks, index = tiles[ahead]
+                value = mapped(
+                    blocks, held, index, params, reduced_strides, shape,
+                    MAP, COLUMN, RAW, RESULT, COMPUTE,
+                )  # fmt: skip
+                total = STEP(*total, *value)
         else:
-            column_mask = (column < length)[None, :]
-            mask = row_mask & column_mask
-            loaded = mapped(pointers, offsets, index, mask, params, MAP, RESULT, COMPUTE)
-            value = ()
-            for i in tl.static_range(len(IDENTITY)):
-                value = value + (tl.where(column_mask, loaded[i], identity[i]),)
-        total = COMBINE(*total, *value)
+            for ahead in range(0, tl.cdiv(length - start, BLOCK_COLUMNS)):
+                column = start + ahead * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+                # 64 bits if WIDE; the interpreter's loop variable has no type of its own.
+                column = column.to(row.dtype)
+                offsets = offsets_of(column, run, reduced_shape, reduced_strides, RUNS)
+                inside = (column < length)[None, :]
+                blocks = load_tile(
+                    pointers, offsets, kept_strides, reduced_strides, row_mask, inside
+                )
+                index = ()
+                if INDEX is not None and MAP is not None:
+                    index = (offsets[len(ins)].to(INDEX),)
+                loaded = mapped(
+                    blocks, held, index, params, reduced_strides, shape,
+                    MAP, COLUMN, RAW, RESULT, COMPUTE,
+                )  # fmt: skip
+                value = ()
+                for i in tl.static_range(len(IDENTITY)):
+                    value = value + (tl.where(inside, loaded[i], identity[i]),)
+                total = COMBINE(*total, *value)
 
     results = collective.fold(total, COMBINE)
     if FINISH is not None:
@@ -193,16 +292,8 @@ def add_and_count(total1, count1, total2, count2):
 
 
 @triton.jit
-def merge_moments(n1, origin1, mean1, square1, n2, origin2, mean2, square2):
-    """Chan, Golub and LeVeque's, with means counted from one of the elements: neither a large
-    offset nor a small variance costs digits, and equal elements have no distance."""
-    n = n1 + n2
-    # The approximate division: where its error matters, `distance` is small.
-    weight = tl.where(n2 == 0, 0.0, n2 / n).to(mean1.dtype)
-    distance = tl.where((n1 == 0) | (n2 == 0), 0.0, (origin2 - origin1) + (mean2 - mean1))
-    mean = tl.where(n1 == 0, mean2, mean1 + distance * weight)
-    square = square1 + square2 + distance * distance * n1 * weight
-    return n, tl.where(n1 == 0, origin2, origin1), mean, square
+def add_three(x1, y1, z1, x2, y2, z2):
+    return x1 + x2, y1 + y2, z1 + z2
 
 
 @triton.jit
@@ -216,21 +307,6 @@ def add_exponentials(top1, total1, top2, total2):
     return tl.where(m.is_nan(top1) | (top1 > top2), top1, top2), total
 
 
-@triton.jit
-def first_maximum(x, i, y, j):
-    """The larger with its index; NaN is the largest, of equals the first."""
-    same = (x == y) | (m.is_nan(x) & m.is_nan(y))
-    first = (x > y) | (m.is_nan(x) & (y == y)) | (same & (i < j))
-    return tl.where(first, x, y), tl.where(first, i, j)
-
-
-@triton.jit
-def first_minimum(x, i, y, j):
-    same = (x == y) | (m.is_nan(x) & m.is_nan(y))
-    first = (x < y) | (m.is_nan(x) & (y == y)) | (same & (i < j))
-    return tl.where(first, x, y), tl.where(first, i, j)
-
-
 # MAP
 
 
@@ -240,19 +316,8 @@ def one(x):
 
 
 @triton.jit
-def moments(x):
-    # The distance from itself: not 0 but NaN where x is not finite.
-    return one(x), x, tl.zeros_like(x), x - x
-
-
-@triton.jit
 def exponential(x):
     return x, one(x)
-
-
-@triton.jit
-def indexed(x, index):
-    return x, tl.broadcast_to(index, x.shape)
 
 
 @triton.jit
@@ -329,40 +394,6 @@ def absolute_hit(x, out):
     return hit(tl.abs(x), out)
 
 
-# MAP of the distances: the same of a difference, shifted by a little as torch shifts it.
-
-
-@triton.jit
-def difference_nonzero(x, y, eps):
-    return nonzero(x - y + eps)
-
-
-@triton.jit
-def difference_absolute(x, y, eps):
-    return absolute(x - y + eps)
-
-
-@triton.jit
-def difference_square(x, y, eps):
-    return square(x - y + eps)
-
-
-@triton.jit
-def difference_power(x, y, p, eps):
-    return absolute_power(x - y + eps, p)
-
-
-@triton.jit
-def products(x, y):
-    """What an angle is made of; of an infinity the square is NaN, so that it is no overflow."""
-    return x * x + (x - x), y * y + (y - y), x * y
-
-
-@triton.jit
-def add_three(x1, y1, z1, x2, y2, z2):
-    return x1 + x2, y1 + y2, z1 + z2
-
-
 # FINISH
 
 
@@ -387,16 +418,6 @@ def ratio(total, count):
 
 
 @triton.jit
-def variance(n, origin, mean, square, freedom):
-    return m.div(square, freedom), origin + mean
-
-
-@triton.jit
-def deviation(n, origin, mean, square, freedom):
-    return m.sqrt(m.div(square, freedom)), origin + mean
-
-
-@triton.jit
 def logarithm(top, total):
     return (top + libdevice.log(total),)
 
@@ -404,13 +425,6 @@ def logarithm(top, total):
 @triton.jit
 def at_least(norm, eps):
     return tl.where(norm < eps, eps, norm)
-
-
-@triton.jit
-def cosine(xx, yy, xy, eps):
-    """The cosine of an angle, and the two norms."""
-    x, y = m.sqrt(xx), m.sqrt(yy)
-    return angle(xy, at_least(x, eps), at_least(y, eps)), x, y
 
 
 @triton.jit

@@ -35,11 +35,6 @@ def evenly_bwd(g, x, out, count):
 
 
 @triton.jit
-def chosen_bwd(g, index, place):
-    return (tl.where(index == place, g, 0),)
-
-
-@triton.jit
 def nansum_bwd(g, x):
     return (g * is_number(x)[0],)
 

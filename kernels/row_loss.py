@@ -21,7 +21,6 @@ from .reduction import (
     absolute_power,
     at_least,
     locate,
-    mapped,
     minimum,
     nonzero,
     one,
@@ -30,10 +29,25 @@ from .reduction import (
 )
 from .reduction_backward import norm_1_bwd, norm_2_bwd, norm_inf_bwd, norm_p_bwd, norm_scale
 
+# Accumulators of a tile: 8 floats for each of 128 threads.
+TILE_BYTES = 4096
 # Rows of a tile whose contiguous axis is that of the rows.
 SIDE_BY_SIDE = 128
 # What torch adds to squared norms, a float32 in every dtype.
 COSINE_EPSILON = tl.constexpr(9.999999960041972e-13)
+
+
+@triton.jit
+def mapped(
+    pointers, offsets, mask, params,
+    MAP: tl.constexpr, RESULT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """MAP of a tile of the operands, each first converted to the result's type, as torch does."""
+    values = ()
+    for i in tl.static_range(len(pointers)):
+        block = tl.load(pointers[i] + offsets[i], mask=mask)
+        values = values + (block.to(RESULT).to(COMPUTE),)
+    return MAP(*values, *params)
 
 
 @triton.jit
@@ -73,11 +87,11 @@ def row_loss(
                 offsets = offsets + ((column * column_strides[i])[None, :],)
             # Only the last tile has a mask of columns, which would cost the vector loads.
             if start + BLOCK_COLUMNS <= columns:
-                value = mapped(pointers, offsets, (), whole, params, MAP, RESULT, COMPUTE)
+                value = mapped(pointers, offsets, whole, params, MAP, RESULT, COMPUTE)
             else:
                 column_mask = (column < columns)[None, :]
                 mask = whole & column_mask
-                loaded = mapped(pointers, offsets, (), mask, params, MAP, RESULT, COMPUTE)
+                loaded = mapped(pointers, offsets, mask, params, MAP, RESULT, COMPUTE)
                 value = ()
                 for i in tl.static_range(len(IDENTITY)):
                     value = value + (tl.where(column_mask, loaded[i], identity[i]),)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import tritongrad
+from tritongrad import runtime
 from tritongrad.kernels import reduction as k
 from tritongrad.launchers import reduction as launcher
 from tritongrad.launchers.reduction import AMAX, AMIN, SUM, reduce_product, sum_to
@@ -288,7 +289,7 @@ def plan(x: Tensor, dims: tuple[int, ...], processors: int = 4) -> launcher.Plan
 
 def test_tiles_follow_the_contiguous_axis() -> None:
     x = torch.empty(512, 1024)
-    assert plan(x, (1,)).meta["BLOCK_COLUMNS"] == 1024
+    assert plan(x, (1,)).meta["BLOCK_COLUMNS"] * plan(x, (1,)).meta["AHEAD"] == 1024
     assert plan(x, (0,)).meta["BLOCK_ROWS"] == k.KEPT_BLOCK
     assert plan(x.t(), (0,)).meta == plan(x, (1,)).meta
     assert plan(x, (0, 1)).geometry[3] == (512 * 1024,), "all dims of a dense tensor are one"
@@ -299,7 +300,8 @@ def test_parts_cover_every_step() -> None:
         found = plan(torch.empty(n), (0,), processors)
         *_, steps, span = found.geometry
         assert (found.parts - 1) * span < steps <= found.parts * span
-        assert found.parts <= processors * launcher.PROGRAMS_PER_PROCESSOR
+        warps = found.parts * found.meta["num_warps"]
+        assert found.parts == 1 or warps <= processors * launcher.WARPS_PER_PROCESSOR
     assert plan(torch.empty(10**4, 10**4), (1,), 132).parts == 1, "enough rows to fill the GPU"
 
 
@@ -308,7 +310,7 @@ SHAPES = {
     "rows in parts": ((3, 65_537), (1,)),
     "columns in parts": ((3000, 20), (0,)),
     "runs": ((3, 2, 513), (0, 2)),
-    "runs in parts": ((9, 2, 257), (0, 2)),
+    "runs in parts": ((17, 2, 257), (0, 2)),
     "short runs": ((4, 3, 5), (0, 2)),
     "three reduced dims": ((2, 3, 4, 3, 5), (0, 2, 4)),
     "rows of nothing": ((4, 0), (1,)),
@@ -380,6 +382,52 @@ def test_reduce_product() -> None:
     assert_same(reduce_product(a, a.expand(2, 7, 9), (1,), x.dtype), (a * a).sum(0).expand(2, 9))
     assert_same(reduce_product(x[:0], x[:0], (0,), x.dtype), x[:0] @ x[:0])
     assert_same(reduce_product(a[:, :0], x[:0], (1,), x.dtype, True), torch.zeros_like(a[:, :1]))
+
+
+# ----------------------------------------------------------- gradients of what was broadcast
+
+BROADCAST: dict[str, tuple[Function, tuple[tuple[int, ...], ...], int]] = {
+    # The function, its operands' shapes, and what backward may store: not the product of all.
+    "mul": (torch.mul, ((40, 700), (700,)), 40 * 700 + 700),
+    "of both": (torch.mul, ((40, 1), (1, 700)), 740),
+    "columns": (torch.mul, ((3, 40, 1), (3, 1, 9)), 3 * 49),
+    "number": (lambda x, y: torch.where(x > 0, y, 0.5), ((40, 30), ()), 1),
+    "condition": (lambda x, y: torch.where(x > 0, x, y), ((40, 30), (30,)), 40 * 30 + 30),
+    "addr": (torch.addr, ((33, 350), (33,), (350,)), 33 + 350),
+    "scaled": (lambda *x: torch.addr(*x, beta=0.5), ((33, 35), (33,), (35,)), 33 * 36 + 35),
+    "addcmul": (torch.addcmul, ((40, 30), (30,), (40, 1)), 70),
+    "prelu": (torch.nn.functional.prelu, ((2, 3, 300), (3,)), 1800 + 3),
+    "of nothing": (torch.mul, ((2, 0), (2, 1)), 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", BROADCAST)
+def test_gradients_of_what_was_broadcast(case: str, dtype: torch.dtype) -> None:
+    """Summed as they are computed: backward stores nothing but gradients, in their shapes."""
+    f, shapes, most = BROADCAST[case]
+    inputs = [torch.randn(s, device=DEVICE).to(dtype).requires_grad_() for s in shapes]
+
+    def gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        out = f(*inputs)
+        g = torch.linspace(-1, 1, out.numel(), device=DEVICE).to(dtype).to(out.dtype)
+        g = g.view(out.shape)
+        stored.clear()
+        return torch.autograd.grad(out, inputs, g, allow_unused=True)
+
+    stored: list[int] = []
+
+    def see(kernel: Any, grid: Any, args: Any, meta: Any) -> None:
+        stored.extend(t.numel() for t in args[0] if t is not None)
+
+    with tritongrad.use(), runtime.observe(see):
+        ours = gradients(inputs)
+        assert sum(stored) <= most, stored
+    native = gradients(inputs)
+    exact = gradients([x.detach().double().requires_grad_() for x in inputs])
+    for a, b, c in zip(ours, native, exact, strict=True):
+        if b is not None:
+            assert_as_accurate(a, b, c, case)
 
 
 # ------------------------------------------------------------------------------------ what it costs

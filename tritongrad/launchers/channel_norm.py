@@ -11,12 +11,11 @@ from torch import Tensor
 from ..dtypes import COMPUTE_DTYPE, Number
 from ..kernels import channel_norm as k
 from ..kernels import norm_second
-from ..kernels import reduction as r
 from ..op import Spec, Tensors
 from .pointwise import elementwise
-from .reduction import Reduction, plan_for, run_many, sum_to
+from .reduction import MOMENTS, Reduction, plan_for, run_many, sum_to
 
-STATISTICS = Reduction(r.moments, r.merge_moments, (0.0, 0.0, 0.0, 0.0), k.statistics)
+STATISTICS = MOMENTS.but(finish=k.statistics)
 SLOPES = Reduction(k.slopes, norm_second.add_two, (0.0, 0.0))
 AVERAGES = Reduction(None, norm_second.add_two, (0.0, 0.0), k.averages)
 WEIGHTED = AVERAGES.but(map=k.weighted)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, TRITON_DTYPE, Number, encode_all
 from ..kernels import row_loss as k
-from ..kernels.reduction import TILE_BYTES
 from ..layout import (
     INT32_MAX,
     Strides,
@@ -23,15 +22,17 @@ from ..layout import (
 from ..runtime import launch_prepared
 from .configurations import WARPS, Configuration, choose, planned, problem_of
 from .reduction import (
-    LEAST_STEPS,
     MEAN,
-    PROGRAMS_PER_PROCESSOR,
     SUM,
     Reduction,
     along_rows,
     processors_of,
     reduce,
 )
+
+PROGRAMS_PER_PROCESSOR, LEAST_STEPS = 4, 8
+"""Programs for each multiprocessor, of rows that are summed; and steps of a tile below which to
+share them does not pay a launch."""
 
 
 class Plan(NamedTuple):
@@ -93,7 +94,7 @@ def plan(
 
     compute = COMPUTE_DTYPE[element]
     # A program of few threads, where six accumulators fill the registers of each.
-    tile = TILE_BYTES // (8 if len(reduction.identity) > 3 else 2) // compute.itemsize
+    tile = k.TILE_BYTES // (4 if len(reduction.identity) > 3 else 1) // compute.itemsize
     if along_rows(kept, [(s,) for s in column_strides]):
         block_columns = min(next_power_of_two(max(columns, 1)), tile)
         block_rows = min(next_power_of_two(max(rows, 1)), tile // block_columns)

@@ -51,6 +51,7 @@ def plan(
     device: int,
     outs: int = 1,
     constants: tuple[Number, ...] = (),
+    as_first: bool = False,
 ) -> Plan | None:
     """How to apply a device function to rows along ``dims``.
 
@@ -62,12 +63,14 @@ def plan(
         device: index of the GPU.
         outs: number of results, each of the first operand's shape.
         constants: further arguments of the function.
+        as_first: whether results lie in memory as the first operand does; else they are contiguous.
 
     Returns:
         None where a row is longer than a program can hold.
     """
     shape = shapes[0]
-    result = dense_strides(shape, range(len(shape) - 1, -1, -1))
+    order = fastest_first(shape, strides[:1]) if as_first else range(len(shape) - 1, -1, -1)
+    result = dense_strides(shape, order)
     walks = [result] * outs
     walks += [strides_as(own, s, shape) for own, s in zip(shapes, strides, strict=True)]
     kept_shape, kept = merged(shape, walks, [d for d in range(len(shape)) if d not in dims])

@@ -26,19 +26,22 @@ from ..layout import (
     strides_as,
 )
 from ..runtime import launch_prepared
-from .reduction import PROGRAMS_PER_PROCESSOR, processors_of
+from .reduction import processors_of
+
+PROGRAMS_PER_PROCESSOR = 4
+"""Programs that a launch should have for each multiprocessor, to hide the latency of its loads."""
 
 LEAST_STEPS = 16
 """Blocks of a row below which sharing it does not pay two more launches."""
 
-HALVED: torch.dtype | None = torch.float64
-"""Results of which a tile has half as many: of 8 numbers a thread that are stored as they are
-computed, ptxas spills some, to keep what it takes to be enough warps resident. Not of recurrences,
-which it gives all registers."""
-
 ACCUMULATED = COMPUTE_DTYPE | {torch.float32: torch.float64}
 """Result dtype -> the dtype it is scanned in. float32 in float64, as torch's on the CPU: elements
 near zero would keep nothing of the large sums on the way to them, and memory is what takes time."""
+
+HALVED: torch.dtype | None = torch.float64
+"""What is scanned in it has half a tile: of 8 such numbers a thread ptxas spills some, to keep what
+it takes to be enough warps resident. Not of a recurrence along rows, which it gives all registers
+and which is the quicker for them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,9 +119,10 @@ def _plan(
     rows, length = math.prod(sizes), shape[dim]
     along = [s[dim] for s in walks]
 
-    half = element is HALVED and len(kind.identity) == 1
+    by_rows = 0 < abs(along[0]) <= abs(in_rows[0][0]) or rows == 1
+    half = ACCUMULATED[element] is HALVED and not (by_rows and len(kind.identity) > 1)
     tile = k.TILE // 2 if half else k.TILE
-    if 0 < abs(along[0]) <= abs(in_rows[0][0]) or rows == 1:
+    if by_rows:
         block = min(next_power_of_two(length), tile)
         block_rows = min(next_power_of_two(rows), tile // block)
     else:

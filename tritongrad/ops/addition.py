@@ -18,6 +18,7 @@ from ..dtypes import Number
 from ..kernels import arithmetic
 from ..op import Tensors, Unsupported, register
 from ..sampling import Make, Sample
+from .arithmetic import scaled
 from .composite import POINTWISE, composite
 from .contraction import GEMM, REDUCTION, product
 from .factors import Params, admit_alike, check_factors, check_fits, read_sum
@@ -162,7 +163,7 @@ row(
     inputs=("x", "y", "z"),
     consts=("beta", "alpha"),
     rules={
-        "x": lambda g, beta: g * beta,
+        "x": lambda g, beta: scaled(g, beta),
         "y": lambda g, z, alpha: g * z * alpha,
         "z": lambda g, y, alpha: g * y * alpha,
     },

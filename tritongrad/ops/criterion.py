@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +24,21 @@ from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
 from ..function import vjp
 from ..kernels import loss as k
 from ..kernels import reduction as combine
-from ..launchers.pointwise import Launch, elementwise, prepare
+from ..launchers.pointwise import Launch, prepare
 from ..launchers.pointwise import run as run_elementwise
 from ..launchers.reduction import MEAN, SUM, Plan, Reduction, plan_for, run, run_many
 from ..layout import batch_first, broadcast_shape, broadcast_sizes
 from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, register
 from ..sampling import Make, Sample
 from ..symbolic import formula
-from .row_gradients import batch_all, gradients, gradients_by_sample, logical_rank, reduce_to
+from .row_gradients import (
+    Call,
+    batch_all,
+    gradients,
+    gradients_by_sample,
+    logical_rank,
+    reduce_to,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -295,8 +302,7 @@ def _backward_op(name: str, inputs: tuple[str, ...], rule: Any) -> Op:
         scale = None if params.by_weight else 1.0 / max(params.divisor or 1, 1)
         numbers = (None, *params.scalars, scale, None)
         places = order(form.backward)
-        launch = partial(
-            elementwise,
+        call = Call(
             form.backward,
             0,
             tuple([tensors[i] for i in places]),
@@ -306,7 +312,7 @@ def _backward_op(name: str, inputs: tuple[str, ...], rule: Any) -> Op:
             COMPUTE_DTYPE[params.result],
         )
         full = broadcast_sizes([s.shape for s in specs if s is not None])
-        return gradients(launch, form.columns, needs, specs, full, params.result)
+        return gradients(call, form.columns, needs, specs, full)
 
     def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
         found = rule(bp.params, bp.needs, bp.specs, (g,), saved)

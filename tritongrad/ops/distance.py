@@ -19,6 +19,7 @@ from torch import Tensor
 from ..admission import admit, settle
 from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, is_number
+from ..kernels import distance as kd
 from ..kernels import reduction as k
 from ..kernels import reduction_backward as kb
 from ..launchers.pointwise import elementwise
@@ -264,7 +265,7 @@ def _samples(make: Make) -> Iterator[Sample]:
 
 # ------------------------------------------------------------------------------- cosine_similarity
 
-COSINE = Reduction(k.products, k.add_three, (0.0, 0.0, 0.0), k.cosine)
+COSINE = Reduction(kd.products, k.add_three, (0.0, 0.0, 0.0), kd.cosine)
 
 
 def _bind_cosine(
@@ -318,10 +319,10 @@ def _cosine_samples(make: Make) -> Iterator[Sample]:
 # ------------------------------------------------------------------------------- pairwise_distance
 
 _DIFFERENCE = {
-    k.nonzero: k.difference_nonzero,
-    k.absolute: k.difference_absolute,
-    k.square: k.difference_square,
-    k.absolute_power: k.difference_power,
+    k.nonzero: kd.difference_nonzero,
+    k.absolute: kd.difference_absolute,
+    k.square: kd.difference_square,
+    k.absolute_power: kd.difference_power,
 }
 
 

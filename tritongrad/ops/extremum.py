@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE
-from ..kernels import reduction as k
+from ..kernels import extremum as k
+from ..kernels import reduction as kr
 from ..kernels import reduction_backward as kb
-from ..launchers.reduction import AMAX, AMIN, Reduction
+from ..launchers.extremum import place
+from ..launchers.reduction import AMAX, AMIN, LAST, Reduction
 from ..op import Bind, Needs, Op, OtherOverload, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
 from .reduction import (
@@ -36,11 +38,12 @@ from .reduction import (
     total_of,
 )
 
-LAST = 2**63 - 1
-"""An index after all others, of what is past the end."""
-
-FIRST_MAXIMUM = Reduction(k.indexed, k.first_maximum, (-math.inf, LAST), indexed=True)
-FIRST_MINIMUM = Reduction(k.indexed, k.first_minimum, (math.inf, LAST), indexed=True)
+FIRST_MAXIMUM = Reduction(
+    k.indexed, k.first_maximum, (-math.inf, LAST), step=k.next_maximum, indexed=True
+)
+FIRST_MINIMUM = Reduction(
+    k.indexed, k.first_minimum, (math.inf, LAST), step=k.next_minimum, indexed=True
+)
 
 # ---------------------------------------------------------------------- reading torch's signatures
 
@@ -89,7 +92,7 @@ def _whole_rule(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -
 
 def _whole_backward(params: Params, spec: Spec, g: Tensor, x: Tensor, out: Tensor) -> Tensor:
     g, out = restored(g, params), restored(out, params)
-    count = hits_per_row(k.same, params, x, out)
+    count = hits_per_row(kr.same, params, x, out)
     return exact_pointwise(kb.evenly_bwd, (g, x, out, count), params.result, spec.dtype)
 
 
@@ -126,8 +129,7 @@ def _along_rule(
 def _along_backward(
     params: Params, spec: Spec, g: Tensor, _: None, x: None, out: None, index: Tensor
 ) -> Tensor:
-    operands = (restored(g, params), restored(index, params), _places(params, spec.shape, index))
-    return exact_pointwise(kb.chosen_bwd, operands, params.result, spec.dtype, raw=0b110)
+    return place(g, index, spec.shape, params.dims[0] if params.dims else None, spec.dtype)
 
 
 def _along_jvp(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPE, Number, is_number
-from ..kernels import reduction as k
+from ..kernels import moments as k
 from ..kernels import reduction_backward as kb
-from ..launchers.reduction import MEAN, Reduction, reduce
+from ..launchers.reduction import MEAN, MOMENTS, Reduction, reduce
 from ..op import Bind, OtherOverload, Spec, Tensors, Unsupported
 from ..sampling import Make, Sample
 from .reduction import (
@@ -32,7 +32,7 @@ from .reduction import (
     short_samples,
 )
 
-VARIANCE = Reduction(k.moments, k.merge_moments, (0.0, 0.0, 0.0, 0.0), k.variance)
+VARIANCE = MOMENTS.but(finish=k.variance)
 DEVIATION = VARIANCE.but(finish=k.deviation)
 
 NO_FREEDOM = "no degrees of freedom, of which torch warns"

@@ -416,7 +416,7 @@ def standard_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(2, 0, 3),), {"dim": 2}, "empty")
     yield Sample((make(2, 4099),), {"dim": 1}, "past one block of the reduced")
     yield Sample((make(3, 131),), {"dim": 0}, "past one block of the kept")
-    yield Sample((make(8, 2, 257),), {"dim": (0, 2)}, "rows shared by several programs")
+    yield Sample((make(16, 2, 257),), {"dim": (0, 2)}, "rows shared by several programs")
 
 
 def short_samples(make: Make) -> Iterator[Sample]:
@@ -429,4 +429,4 @@ def short_samples(make: Make) -> Iterator[Sample]:
     yield Sample((make(2, 0, 3), 2), {}, "empty")
     yield Sample((make(2, 4099, low=0.5), 1), {}, "past one block of the reduced")
     yield Sample((make(3, 131), 0), {}, "past one block of the kept")
-    yield Sample((make(8, 2, 257, low=0.5), (0, 2)), {}, "rows shared by several programs")
+    yield Sample((make(16, 2, 257, low=0.5), (0, 2)), {}, "rows shared by several programs")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch import apply, rules
-from ..dtypes import COMPUTE_DTYPE, FLOATING, Number
+from ..dtypes import FLOATING, Number
 from ..function import differentiate
 from ..launchers.pointwise import elementwise
-from ..launchers.reduction import sum_to
+from ..launchers.reduction import sum_of, sum_to
 from ..layout import batch_first, broadcast_shape
 from ..op import BackwardParams, Needs, Op, Spec, Tensors
 from .operands import Params
@@ -56,6 +57,7 @@ class Row(NamedTuple):
         rule: the op's, the definition of both.
         differentiable: names of the inputs that have a gradient, in the order in which the device
             functions return those.
+        unchanged: ``(form, consts)`` to whether the gradient of each input is ``g`` itself.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Row(NamedTuple):
     for_number: Callable[[Number], tuple[Any, Any]] | None
     rule: Any
     differentiable: tuple[str, ...]
+    unchanged: Callable[[str, tuple[Number, ...]], tuple[bool, ...]]
 
     def has_number(self, params: Params) -> bool:
         """Whether a number is in the place for which there are other device functions."""
@@ -84,14 +87,33 @@ def backward_op(row: Row) -> Op:
         params, needs, specs = bp
         device_function = row.functions.get(params.form)
         if device_function is None:
-            found = [s for s, need in zip(specs, needs, strict=True) if need and s is not None]
-            constant = tuple([g.new_zeros(s.shape, dtype=s.dtype) for s in found])
+            wanted = [s for s, need in zip(specs, needs, strict=True) if need and s is not None]
+            constant = tuple([g.new_zeros(s.shape, dtype=s.dtype) for s in wanted])
             return constant[0] if len(constant) == 1 else constant
         if row.for_number is not None and row.has_number(params):
             _, device_function = row.for_number(params.scalars[-1])
         tensors = halved((g, *saved), 1, params)
         numbers = (None, *(params.scalars or (None,) * len(inputs)), None)
-        return _launch(device_function, names, tensors, numbers, params, columns, needs, specs, 0)
+        unchanged = row.unchanged(params.form, params.consts)
+        others = tuple([n and not u for n, u in zip(needs, unchanged, strict=True)])
+        found: Any = ()
+        if any(others):
+            found = _launch(
+                device_function, names, tensors, numbers, params, columns, others, specs, 0
+            )
+        if others == needs:
+            return found
+        # What is `g` as it is takes no kernel, unless its input was broadcast. A view of it: what
+        # an autograd.Function returns it may not also save.
+        rest = iter(found if type(found) is tuple else (found,))
+        results = tuple(
+            [
+                next(rest) if other else sum_to(g.view_as(g), *spec)
+                for other, need, spec in zip(others, needs, specs, strict=True)
+                if need and spec is not None
+            ]
+        )
+        return results[0] if len(results) == 1 else results
 
     def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
         found = row.rule(bp.params, bp.needs, bp.specs, (g,), saved)
@@ -216,11 +238,22 @@ def _launch(
     scalars = tuple([numbers[i] for i in order])
     present = [t for t in tensors if t is not None]
     full = broadcast_shape(present)
-    launch = partial(elementwise, function, raw, operands, scalars, params.consts, params.result)
+    call = Call(function, raw, operands, scalars, params.consts, params.result)
     whole = None
     if params.halves is not None:
         whole = Whole(inputs_at, params.halves, present[0])
-    return gradients(launch, columns, needs, specs, full, params.result, whole)
+    return gradients(call, columns, needs, specs, full, whole)
+
+
+class Call(NamedTuple):
+    """A device function and what it is called with, as ``elementwise`` has them."""
+
+    function: Any
+    raw: int
+    operands: Tensors
+    scalars: tuple[Number | None, ...]
+    consts: tuple[Number, ...]
+    element: torch.dtype
 
 
 class Whole(NamedTuple):
@@ -233,21 +266,19 @@ class Whole(NamedTuple):
 
 
 def gradients(
-    launch: Callable[..., list[Tensor | None]],
+    call: Call,
     columns: tuple[int, ...],
     needs: Needs,
     specs: tuple[Spec | None, ...],
     full: torch.Size,
-    result: torch.dtype,
     whole: Whole | None = None,
 ) -> Any:
-    """Gradients of the inputs that need one, from one launch over the shape ``full``.
+    """Gradients of the inputs that need one: of those that have the shape ``full`` in one launch,
+    of each that was broadcast to it in a reduction, so that nothing larger than it is stored.
 
     Args:
-        launch: of the dtypes of its outputs, None for what is not wanted, and of where to write
-            them if that is decided, those outputs.
-        columns: place of each input's gradient among them.
-        result: dtype of the op's result.
+        call: of the device function of the gradients, over the shape ``full``.
+        columns: place of each input's gradient among its results.
         whole: the input of which two are halves: their gradients are written into one tensor.
     """
     count = max(columns) + 1
@@ -264,18 +295,19 @@ def gradients(
             pair = i, columns[place + 1]
             for column, half in zip(pair, gradient.chunk(2, whole.dim), strict=True):
                 dtypes[column], into[column] = spec.dtype, half
-        else:
-            # What is summed afterwards is not rounded before.
-            dtypes[i] = spec.dtype if spec.shape == full else COMPUTE_DTYPE[result]
+        elif math.prod(spec.shape) == full.numel():
+            dtypes[i] = spec.dtype
         wanted.append((i, spec, gradient))
-    outs = launch(tuple(dtypes)) if whole is None else launch(tuple(dtypes), tuple(into))
+    outs: list[Tensor | None] = []
+    if any(dtypes):
+        outs = elementwise(*call, tuple(dtypes), () if whole is None else tuple(into))
     found = []
     for i, spec, gradient in wanted:
         if gradient is None:
-            gradient = outs[i]
+            gradient = outs[i] if dtypes[i] else sum_of(*call, i, full, *spec)
             assert gradient is not None
             if gradient.shape != spec.shape:
-                gradient = sum_to(gradient, spec.shape, spec.dtype)
+                gradient = gradient.reshape(spec.shape)
         found.append(gradient)
     return found[0] if len(found) == 1 else tuple(found)
 

@@ -20,7 +20,6 @@ from ..dispatch import apply
 from ..dtypes import COMPUTE_DTYPE, FLOATING, Number, is_number
 from ..kernels import reduction as combine
 from ..kernels import row_loss as k
-from ..launchers.pointwise import elementwise
 from ..launchers.reduction import Reduction
 from ..launchers.row_loss import Plan, losses, plan_for
 from ..layout import broadcast_shape, broadcast_sizes
@@ -28,7 +27,7 @@ from ..op import BackwardParams, Bind, Needs, Op, Spec, Tensors, Unsupported, re
 from ..sampling import Make, Sample
 from .criterion import FLOAT32
 from .loss_calls import INTEGRAL_TARGETS, REDUCTIONS, constant, modern
-from .row_gradients import batch_all, gradients, logical_rank, reduce_to
+from .row_gradients import Call, batch_all, gradients, logical_rank, reduce_to
 
 F = torch.nn.functional
 
@@ -204,8 +203,7 @@ def _backward_op(name: str, arity: int, rule: Any) -> Op:
         scale = 1 / max(full[params.batch : -1].numel(), 1) if params.mean else 1.0
         rows = (_spread(g, params, full[:-1]), *labels, *saved[len(specs) + 1 :])
         first, *others = [None if t is None else t.unsqueeze(-1) for t in rows]
-        launch = partial(
-            elementwise,
+        call = Call(
             backward,
             0,
             (first, *saved[:arity], *others),
@@ -215,7 +213,7 @@ def _backward_op(name: str, arity: int, rule: Any) -> Op:
             COMPUTE_DTYPE[params.result],
         )
         columns = (*range(arity), *[-1] * len(labels))
-        return gradients(launch, columns, needs, specs, full, params.result)
+        return gradients(call, columns, needs, specs, full)
 
     def reference(bp: BackwardParams, g: Tensor, *saved: Tensor | None) -> Tensors:
         found = rule(bp.params, bp.needs, bp.specs, (g,), saved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +20,12 @@ from ..launchers.pointwise import elementwise, prepare, run
 from ..layout import broadcast_shape
 from ..op import Bind, Needs, Op, Spec, Tensors, register
 from ..sampling import Make, Sample
-from ..symbolic import formula
+from ..symbolic import Symbol, formula
 from .operands import Params
 from .row_gradients import KERNELS, Row, backward_op, batch_all, halved, logical_rank, reduce_to
+
+_G: Any = Symbol("g")
+"""A gradient, to see whether a rule hands it on as it is."""
 
 
 def spelled(*names: str) -> tuple[Callable[..., Any], ...]:
@@ -162,6 +166,17 @@ def row(
             for i, (n, need) in enumerate(zip(inputs, needs, strict=True))
         )
 
+    @cache
+    def unchanged(form: str, values: tuple[Number, ...]) -> tuple[bool, ...]:
+        given: dict[str, Any] = {"g": _G, "form": form, **dict(zip(consts, values, strict=False))}
+        return tuple(
+            [
+                n in rules and given.keys() >= set(wants[n])
+                and rules[n](**{w: given[w] for w in wants[n]}) is _G
+                for n in inputs
+            ]
+        )  # fmt: skip
+
     def sum_of_parts(
         params: Params, tensors: Tensors, out: Tensor, tangents: Tensors, dtype: torch.dtype
     ) -> Tensor:
@@ -217,7 +232,16 @@ def row(
         specs=operator.attrgetter("specs"),
         rule=rule if rules else None,
         backward=backward_op(
-            Row(name, backward_functions, second_functions, inputs, for_number, rule, tuple(rules))
+            Row(
+                name,
+                backward_functions,
+                second_functions,
+                inputs,
+                for_number,
+                rule,
+                tuple(rules),
+                unchanged,
+            )
         )
         if backward_functions
         else None,
