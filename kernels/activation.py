@@ -176,9 +176,9 @@ def gelu_tanh_bwd_bwd(vx, g, x, HALF: tl.constexpr = False):
 
 
 @triton.jit
-def elu(x, alpha, scale, input_scale):
+def elu(x, alpha, scale, input_scale, HALF: tl.constexpr = False):
     # tl.where evaluates both sides, and expm1 of a large number would be infinite times 0.
-    low = alpha * scale * libdevice.expm1(tl.where(x > 0, 0, x) * input_scale)
+    low = alpha * scale * m.expm1(tl.where(x > 0, 0, x) * input_scale, HALF)
     return (tl.where(x > 0, x * scale, low),)
 
 

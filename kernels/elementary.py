@@ -153,8 +153,8 @@ def cosh_bwd(g, x):
 
 
 @triton.jit
-def acosh(x):
-    return (libdevice.acosh(x),)
+def acosh(x, HALF: tl.constexpr = False):
+    return (m.acosh(x, HALF),)
 
 
 @triton.jit
@@ -227,8 +227,8 @@ def exp2_bwd(g, out):
 
 
 @triton.jit
-def expm1(x):
-    return (libdevice.expm1(x),)
+def expm1(x, HALF: tl.constexpr = False):
+    return (m.expm1(x, HALF),)
 
 
 @triton.jit
@@ -349,8 +349,8 @@ def logit_bwd(g, x, eps):
 
 
 @triton.jit
-def erf(x):
-    return (libdevice.erf(x),)
+def erf(x, HALF: tl.constexpr = False):
+    return (m.erf(x, HALF),)
 
 
 @triton.jit

@@ -48,6 +48,13 @@ def exp_down(x):
 
 
 @triton.jit
+def expm1(x):
+    # Up to 1/4: x p(x), to 9e-8.
+    p = 0.499998309 + x * (0.166667393 + x * (0.0417751505 + x * 0.00833332835))
+    return tl.where(tl.abs(x) < 0.25, x * (0.999999992 + x * p), tl.exp2(x * LOG2_E) - 1)
+
+
+@triton.jit
 def log1p_exp(x):
     """log(1 + exp(x)) of a number that is not positive: e p(e), to 3e-8."""
     e = exp_down(x)
@@ -123,6 +130,15 @@ def erfc(x):
 
 
 @triton.jit
+def erf(x):
+    # Up to 1/2: x p(x x), to 1.4e-7.
+    s = x * x
+    p = -0.37610734 + s * (0.112456285 + s * -0.0243892915)
+    tail = upper_tail(tl.abs(x), tl.exp2(s * -LOG2_E + 8), 0.2316419 * SQRT_2)
+    return tl.where(s < 0.25, x * (1.12837902 + s * p), like(x, 1 - 2 * tail))
+
+
+@triton.jit
 def arc(t):
     """atan of a number up to 1: t p(t t), to 2e-8."""
     s = t * t
@@ -168,6 +184,16 @@ def asinh(x):
     near = x * (0.999999974 + s * (-0.166661415 + s * p))
     sum_of_two = tl.where(size < 2.0**30, 0.5 * size + 0.5 * tl.sqrt(s + 1), size)
     return tl.where(size < 0.5, near, like(x, log2(sum_of_two) * LN2 + LN2))
+
+
+@triton.jit
+def acosh(x):
+    # Up to 3/2: sqrt(t) p(t), t = x - 1, to 3e-8; beyond as asinh.
+    t = x - 1
+    p = -0.117847417 + t * (0.0264549038 + t * (-0.00752728524 + t * 0.00175968485))
+    near = tl.sqrt(t) * (1.41421353 + t * p)
+    far = tl.where(x < 2.0**30, 0.5 * x + 0.5 * tl.sqrt(x * x - 1), x)
+    return tl.where(t < 0.5, near, log2(far) * LN2 + LN2)
 
 
 @triton.jit

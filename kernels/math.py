@@ -60,6 +60,14 @@ def exp_down(x, HALF: tl.constexpr = False):
 
 
 @triton.jit
+def expm1(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.expm1(x)
+    else:
+        return libdevice.expm1(x)
+
+
+@triton.jit
 def ratio(x, y, HALF: tl.constexpr = False):
     """x / y for y from 2**-126 to 2**126."""
     if HALF:
@@ -104,6 +112,14 @@ def normal(x, HALF: tl.constexpr = False):
 
 
 @triton.jit
+def erf(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.erf(x)
+    else:
+        return libdevice.erf(x)
+
+
+@triton.jit
 def erfc(x, HALF: tl.constexpr = False):
     if HALF:
         return half.erfc(x)
@@ -141,6 +157,14 @@ def asinh(x, HALF: tl.constexpr = False):
         return half.asinh(x)
     else:
         return libdevice.asinh(x)
+
+
+@triton.jit
+def acosh(x, HALF: tl.constexpr = False):
+    if HALF:
+        return half.acosh(x)
+    else:
+        return libdevice.acosh(x)
 
 
 @triton.jit

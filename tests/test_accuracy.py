@@ -251,11 +251,17 @@ def test_an_error_would_be_seen() -> None:
 
 
 HALF = {
+    "acosh": torch.acosh,
     "atanh": torch.atanh,
     "asinh": torch.asinh,
     "atan": torch.atan,
+    "elu": F.elu,
+    "elu:celu": lambda x: F.celu(x, -2),
+    "elu:selu": F.selu,
     "entr": torch.special.entr,
+    "erf": torch.erf,
     "erfc": torch.erfc,
+    "expm1": torch.expm1,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "logit": torch.logit,

@@ -149,10 +149,10 @@ def _plan(
     block_rows = tile // block_columns
     walk = iter(merged[outs:])
     in_strides = tuple([() if operand is None else tuple(next(walk)) for operand in operands])
-    # Many addresses and values a thread: fewer elements of each, or they spill. Of one row of
-    # vectors the addresses are few.
+    # Many addresses and values a thread: fewer elements of each, or they spill. Of vectors the
+    # addresses are few, and of one row of them very few.
     count = outs + len(present)
-    few = columns % 16 == 0 and (count < 7 or block_rows == 1)
+    few = columns % 16 == 0 and (count < 10 or block_rows == 1)
     meta = {
         "WIDE": wide,
         "BLOCK_ROWS": block_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -257,16 +257,17 @@ def row(
         samples=samples or standard_samples(arity, low, high),
         sources=sources,
         differs=differs,
-        cost=_cost,
+        cost=partial(_cost, torch.bool if boolean else None),
     )
     return op if bind is None else register(op)
 
 
-def _cost(params: Params, *tensors: Tensor | None) -> tuple[int, int]:
+def _cost(out: torch.dtype | None, params: Params, *tensors: Tensor | None) -> tuple[int, int]:
+    """Of a result of this dtype, or of the one it is computed for."""
     present = [t for t in tensors if t is not None]
     n = broadcast_shape(present).numel() // (1 if params.halves is None else 2)
-    moved = sum(t.numel() * t.element_size() for t in present) + n * params.result.itemsize
-    return moved, n
+    moved = sum(t.numel() * t.element_size() for t in present)
+    return moved + n * (out or params.result).itemsize, n
 
 
 def standard_samples(arity: int, low: float, high: float) -> Callable[[Make], Iterator[Sample]]:
