@@ -75,6 +75,8 @@ def test_a_row_has_what_was_measured() -> None:
     assert ours.floor_us == pytest.approx(0.288)
     assert ours.fraction == pytest.approx(0.288 / 5)
     assert ours.gb_s == pytest.approx(288 / 5e3)
+    comparison, addition = do("ge")[0], do("add")[0]
+    assert 12 * comparison.bytes == 9 * addition.bytes  # one byte for each bool, not four
     product, _ = do("mm", phase="both")
     assert product.operations == 3 * 2 * 4**3
     assert product.tflop_s == pytest.approx(384 / 5e6)
