@@ -55,26 +55,28 @@ class Case(NamedTuple):
 
     kind: str
     size: int
-    lengths: tuple[int, int]
+    length: int
+    keys: int
     extra: str
     heads: tuple[int, int]
     layout: str
 
 
 KINDS = ("plain", "causal", "bool mask", "bias", "window", "packed")
-HEAD_DIMS = (16, 40, 80, 256)
-LENGTHS = ((1, 64), (64, 17), (17, 64), (17, 1))
+HEAD_DIMS = (16, 40, 64, 80, 128, 256)
+LENGTHS = (1, 17, 64, 127, 129)
 OTHERS = (("none", "softcap", "ALiBi", "sinks"), ((1, 1), (2, 1)), ("dense", "between", "expanded"))
+FACTORS = KINDS, HEAD_DIMS, LENGTHS, LENGTHS, *OTHERS
 
 
-def covering() -> list[Case]:
-    """Cases in which any two values of different factors meet: kinds, head dimensions and lengths
-    by a Latin square, of the rest what is most new in each."""
+def covering(lengths: Callable[[int, int], tuple[int, int]]) -> list[Case]:
+    """Cases in which any two values of different factors meet: kinds and head dimensions all with
+    all, lengths by those two's numbers, of the rest what is most new in each."""
     met: set[Any] = set()
     cases = []
     # In this order the first of what is most new is enough.
-    for a, b in itertools.product((0, 1, 3, 2, 4, 5), range(4)):
-        row = KINDS[a], HEAD_DIMS[b], LENGTHS[(a + b) % 4]
+    for a, b in itertools.product((0, 1, 2, 3, 5, 4), range(len(HEAD_DIMS))):
+        row = KINDS[a], HEAD_DIMS[b], *lengths(a, b)
         found = [Case(*row, *rest) for rest in itertools.product(*OTHERS)]  # type: ignore[misc]
         cases.append(max(found, key=lambda case: len(pairs_of(case) - met)))
         met |= pairs_of(cases[-1])
@@ -85,26 +87,44 @@ def pairs_of(case: Case) -> set[Any]:
     return set(itertools.combinations(enumerate(case), 2))
 
 
-CASES = covering()
-# As long as one another; of head dimensions that fill a tile of which 40 and 80 leave a part.
+# All lengths with all: the second of two that are no multiple of one another modulo five.
+EVERY_LENGTH = covering(lambda a, b: (LENGTHS[(a + b) % 5], LENGTHS[(2 * a + b) % 5]))
+# As long as one another, one of each kind and of each head dimension.
 SQUARES = [
-    Case(kind, size, (n, n), "none", (1, 1), "dense")
-    for kind, size, n in zip(KINDS, (64, 128) * 3, (127, 129, 64, 17, 127, 64), strict=True)
+    Case(kind, size, n, n, "none", (1, 1), "dense")
+    for kind, size, n in zip(
+        KINDS, (256, 128, 80, 40, 64, 16), (17, 129, 127, 129, 127, 64), strict=True
+    )
+]
+# Of every run: long ones with short ones, at a seventh of what both cost, and blocks on a diagonal.
+FEW_LENGTHS = (1, 64), (129, 1), (1, 127), (127, 1), (1, 129), (64, 17)
+CASES = covering(lambda a, b: FEW_LENGTHS[(a + b) % 6]) + [
+    case for case in SQUARES if case.kind in ("causal", "window", "packed")
 ]
 
 
 def test_any_two_values_meet() -> None:
-    factors = KINDS, HEAD_DIMS, LENGTHS, *OTHERS
-    pairs = itertools.combinations(range(len(factors)), 2)
-    wanted = sum(len(factors[i]) * len(factors[j]) for i, j in pairs)
-    assert len(set().union(*map(pairs_of, CASES))) == wanted
-    named = {n for case in CASES + SQUARES for n in case.lengths}
-    assert (named, {case.size for case in SQUARES}) == ({1, 17, 64, 127, 129}, {64, 128})
+    """In every run all but lengths, of which there each meets each other value on one side."""
+    pairs = {
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(range(len(FACTORS)), 2)
+        for a, b in itertools.product(FACTORS[i], FACTORS[j])
+    }
+    assert set().union(*map(pairs_of, EVERY_LENGTH)) == pairs
+    assert [{case[at] for case in SQUARES} for at in (0, 1)] == [set(f) for f in FACTORS[:2]]
+
+    lengths = {2, 3}
+    others = {(a, b) for a, b in pairs if not lengths & {a[0], b[0]}}
+    assert set().union(*map(pairs_of, CASES)) >= others
+    for at in {*range(len(FACTORS))} - lengths:
+        for level in FACTORS[at]:
+            here = [case for case in CASES if case[at] == level]
+            assert {n for case in here for n in (case.length, case.keys)} == {*LENGTHS}
 
 
 def call_of(case: Case) -> tuple[Callable[..., Any], list[Tensor], dict[str, Any]]:
     """A function of what the case differentiates by, those, and its options."""
-    (heads, shared), (length, keys) = case.heads, case.lengths
+    (heads, shared), length, keys = case.heads, case.length, case.keys
     made = [make(h, n, case.size) for h, n in ((heads, length), (shared, keys), (shared, keys))]
     if case.layout == "between":
         # Heads as a projection leaves them, (length, heads, size).
@@ -161,10 +181,14 @@ def assert_near(actual: Any, expected: Any, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", CASES + SQUARES, ids=lambda c: "-".join(map(str, c)).replace(" ", "")
+    "case",
+    dict.fromkeys(CASES + SQUARES + EVERY_LENGTH),
+    ids=lambda c: "-".join(map(str, c)).replace(" ", ""),
 )
-def test_derivatives_are_finite_differences(case: Case) -> None:
+def test_derivatives_are_finite_differences(case: Case, pytestconfig: pytest.Config) -> None:
     """In float64: value, gradient, forward mode, and each over the other and itself."""
+    if case not in CASES and not pytestconfig.getoption("every_op"):
+        pytest.skip("long queries and keys: with --every-op")
     assert launched_by(lambda: check_differences(case)) >= FORWARD | TANGENT | GRADIENT | SECOND
 
 
