@@ -57,9 +57,9 @@ def head_of(operand, batch, head, batch_shape):
     stride): its pointer, and the last two. `batch_shape` is innermost first."""
     ptr, batch_strides, stride_head, stride_row, stride_col = operand
     for d in tl.static_range(len(batch_shape)):
-        ptr += batch % batch_shape[d] * batch_strides[d]
+        ptr += (batch % batch_shape[d]).to(tl.int64) * batch_strides[d]
         batch = batch // batch_shape[d]
-    return ptr + head * stride_head, stride_row, stride_col
+    return ptr + head.to(tl.int64) * stride_head, stride_row, stride_col
 
 
 @triton.jit
@@ -116,12 +116,23 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def exponential(x, shift, FAST: tl.constexpr):
-    """exp(x - shift). FAST is the hardware's, for what is rounded to half precision anyway."""
-    if FAST:
-        return tl.exp2(x * LOG2E - shift * LOG2E)
+def exponent(x, scale, FAST: tl.constexpr, UNSCALED: tl.constexpr):
+    """Scores as exponents: of two, if FAST, for what is rounded to half precision anyway. UNSCALED
+    are products whose `scale` is still to come, in one instruction with what is subtracted."""
+    if UNSCALED:
+        return x * (scalar(scale, tl.float32) * LOG2E)
+    elif FAST:
+        return x * LOG2E
     else:
-        return libdevice.exp(x - shift)
+        return x
+
+
+@triton.jit
+def power(exponents, FAST: tl.constexpr):
+    if FAST:
+        return tl.exp2(exponents)
+    else:
+        return libdevice.exp(exponents)
 
 
 @triton.jit
@@ -132,9 +143,10 @@ def highest(top):
 
 
 @triton.jit
-def finite(lse):
-    """What to subtract from scores once lse is known: NaN for inf, as p is."""
-    return tl.where(lse == -INF, 0.0, tl.where(lse == INF, float("nan"), lse))
+def finite(lse, FAST: tl.constexpr):
+    """What to subtract from exponents once lse is known: NaN for inf, as p is."""
+    shift = tl.where(lse == -INF, 0.0, tl.where(lse == INF, float("nan"), lse))
+    return exponent(shift, None, FAST, False)
 
 
 @triton.jit
@@ -161,13 +173,35 @@ def seen(i, own, others, reach_down, reach_up, segments):
 
 
 @triton.jit
-def walk(lo, hi, BLOCK: tl.constexpr):
+def paired(other, lo, hi, sides):
+    """Whether each of the others is within what `seen` gave of `sides`. What is past one's own end
+    is not asked: no one reads it."""
+    _, others, reach_down, reach_up, segments = sides
+    if segments is None and reach_up is None:
+        hi = others
+    if segments is None and reach_down is None:
+        return other < hi
+    else:
+        return (other >= lo) & (other < hi)
+
+
+@triton.jit
+def walk(start, lo, hi, sides, HELD: tl.constexpr, BLOCK: tl.constexpr):
     """Blocks of the others: the first and the end, and between those two of the blocks that all of
-    `lo` to `hi` cover."""
-    first = tl.min(lo, 0) // BLOCK
-    end = tl.maximum(tl.cdiv(tl.max(hi, 0), BLOCK), first)
-    inner = tl.minimum(tl.cdiv(tl.max(lo, 0), BLOCK), end)
-    inner_end = tl.maximum(tl.min(hi, 0) // BLOCK, inner)
+    `lo` to `hi` cover. `sides` is what `seen` was given, of HELD indices from `start`."""
+    own, others, reach_down, reach_up, segments = sides
+    if segments is None:
+        # They grow with the index: no reductions, and numbers of the program, not of threads.
+        least, shortest, _ = seen(start, own, others, reach_down, reach_up, None)
+        last = tl.minimum(start + HELD, own) - 1
+        most, longest, _ = seen(last, own, others, reach_down, reach_up, None)
+        shortest = tl.where(start + HELD > own, 0, shortest)
+    else:
+        least, most, shortest, longest = tl.min(lo, 0), tl.max(lo, 0), tl.min(hi, 0), tl.max(hi, 0)
+    first = least // BLOCK
+    end = tl.maximum(tl.cdiv(longest, BLOCK), first)
+    inner = tl.minimum(tl.cdiv(most, BLOCK), end)
+    inner_end = tl.maximum(shortest // BLOCK, inner)
     return first, inner, tl.minimum(inner_end, end), end
 
 
@@ -183,11 +217,14 @@ def addend(matrix, i, j, inside):
 
 
 @triton.jit
-def scores(dots, i, j, apart, mask, slope, scale, softcap, inside):
+def scores(dots, i, j, apart, mask, slope, scale, softcap, inside, UNSCALED: tl.constexpr):
     """s, u' and u'' of a block of pairs, queries i and keys j as they lie in it; -inf where a bool
-    mask hides a pair. `inside` is where the mask has elements, None for everywhere."""
+    mask hides a pair. `inside` is where the mask has elements, None for everywhere. UNSCALED: s by
+    scale, see `exponent`."""
     ACC: tl.constexpr = dots.dtype
-    s = dots * scalar(scale, ACC)
+    s = dots
+    if not UNSCALED:
+        s *= scalar(scale, ACC)
     steep, bent = 1.0, 0.0
     if softcap is not None:
         cap = tl.zeros_like(s) + scalar(softcap, ACC)
@@ -270,19 +307,21 @@ def attention_keep(
 @triton.jit
 def attention_fwd(
     out, lse_ptr, q, k, v, extras, about,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one block of queries."""
     mask, slopes, sinks, seed_ptr, segments = extras
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(L, BLOCK_M)
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    matrix = tl.program_id(0) // tiles
     batch, head = matrix // heads, matrix % heads
+    matrix = matrix.to(tl.int64)
     # Under a causal mask the last queries have most keys: first, so that no one waits for them.
-    i = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     if WIDE:
-        i = i.to(tl.int64)
+        start = start.to(tl.int64)
+    i = start + tl.arange(0, BLOCK_M)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k = head_of(k, batch, head // group, batch_shape)
     v = head_of(v, batch, head // group, batch_shape)
@@ -293,8 +332,9 @@ def attention_fwd(
     LEAN: tl.constexpr = not FAST and BLOCK_D > 128
     slope = number_of(slopes, batch, head, batch_shape, ACC)
 
+    sides = L, S, down, up, segments
     lo, hi, at = seen(i, L, S, down, up, segments)
-    first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
+    first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_M, BLOCK_N)
     top = tl.full((BLOCK_M,), -INF, ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
@@ -315,25 +355,27 @@ def attention_fwd(
             s, _, _ = scores(
                 product(again(queries, q, i, d, L, D, LEAN), keys, PRECISION),
                 i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
-                inside,
+                inside, UNSCALED,
             )  # fmt: skip
             if edges:
-                s = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), s, -INF)
+                s = tl.where(paired(j[None, :], lo[:, None], hi[:, None], sides), s, -INF)
             before, top = top, tl.maximum(top, tl.max(s, 1), tl.PropagateNan.ALL)
-            shift = highest(top)
-            p = exponential(s, shift[:, None], FAST)
-            rescale = exponential(before, shift, FAST)
+            shift = highest(exponent(top, scale, FAST, UNSCALED))
+            p = power(exponent(s, scale, FAST, UNSCALED) - shift[:, None], FAST)
+            rescale = power(exponent(before, scale, FAST, UNSCALED) - shift, FAST)
             total = total * rescale + tl.sum(p, 1)
             if seed_ptr is not None:
                 p *= kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
             acc = dot(p.to(values.dtype), values, acc * rescale[:, None], PRECISION)
 
+    if UNSCALED:
+        top *= scalar(scale, ACC)
     if sinks is not None:
         sink = number_of(sinks, batch, head, batch_shape, ACC)
         before, top = top, tl.maximum(top, sink, tl.PropagateNan.ALL)
-        shift = highest(top)
-        rescale = exponential(before, shift, FAST)
-        total = total * rescale + exponential(tl.zeros_like(top) + sink, shift, FAST)
+        shift = highest(exponent(top, None, FAST, False))
+        rescale = power(exponent(before, None, FAST, False) - shift, FAST)
+        total = total * rescale + power(exponent(sink, None, FAST, False) - shift, FAST)
         acc *= rescale[:, None]
     total = tl.where(total == 0, 1, total)
     lse = top + libdevice.log(total)
@@ -346,7 +388,7 @@ def attention_fwd(
 @triton.jit
 def attention_jvp(
     tangent, mu_ptr, q, k, v, tangents, out, lse_ptr, extras, about,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o' and mu of one block of queries; tangents are None where they are 0."""
@@ -354,11 +396,13 @@ def attention_jvp(
     mask, slopes, sinks, seed_ptr, segments = extras
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(L, BLOCK_M)
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    matrix = tl.program_id(0) // tiles
     batch, head = matrix // heads, matrix % heads
-    i = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    matrix = matrix.to(tl.int64)
+    start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     if WIDE:
-        i = i.to(tl.int64)
+        start = start.to(tl.int64)
+    i = start + tl.arange(0, BLOCK_M)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k = head_of(k, batch, head // group, batch_shape)
     v = head_of(v, batch, head // group, batch_shape)
@@ -378,10 +422,11 @@ def attention_jvp(
         dk = head_of(dk, batch, head // group, batch_shape)
     if dv is not None:
         dv = head_of(dv, batch, head // group, batch_shape)
-    lse = finite(vector(lse_ptr, matrix, i, L))
+    shift = finite(vector(lse_ptr, matrix, i, L), FAST)
 
+    sides = L, S, down, up, segments
     lo, hi, at = seen(i, L, S, down, up, segments)
-    first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
+    first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_M, BLOCK_N)
     mu = tl.zeros((BLOCK_M,), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
     for edges in tl.static_range(2):
@@ -399,11 +444,11 @@ def attention_jvp(
             s, steep, _ = scores(
                 product(again(queries, q, i, c, L, D, LEANER), keys, PRECISION),
                 i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
-                inside,
+                inside, UNSCALED,
             )  # fmt: skip
-            p = exponential(s, lse[:, None], FAST)
+            p = power(exponent(s, scale, FAST, UNSCALED) - shift[:, None], FAST)
             if edges:
-                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
+                p = tl.where(paired(j[None, :], lo[:, None], hi[:, None], sides), p, 0)
             t = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if dq is not None:
                 t = dot(again(dqueries, dq, i, c, L, D, LEAN), tl.trans(keys), t, PRECISION)
@@ -427,8 +472,8 @@ def attention_jvp(
                 acc = dot(p.to(dvalues.dtype), dvalues, acc, PRECISION)
 
     if dsinks is not None:
-        sink = tl.zeros_like(lse) + number_of(sinks, batch, head, batch_shape, ACC)
-        mu += exponential(sink, lse, FAST) * number_of(dsinks, batch, head, batch_shape, ACC)
+        sink = exponent(number_of(sinks, batch, head, batch_shape, ACC), None, FAST, False)
+        mu += power(sink - shift, FAST) * number_of(dsinks, batch, head, batch_shape, ACC)
     o = tile(head_of(out, batch, head, batch_shape), i, cv, L, DV).to(ACC)
     put(head_of(tangent, batch, head, batch_shape), acc - mu[:, None] * o, i, cv, L, DV)
     tl.store(mu_ptr + matrix * L + i, mu, mask=i < L)

@@ -13,12 +13,14 @@ from .attention import (
     addend,
     again,
     dot,
-    exponential,
+    exponent,
     finite,
     head_if,
     head_of,
     kept,
     number_of,
+    paired,
+    power,
     product,
     put,
     scores,
@@ -32,15 +34,16 @@ from .pointwise import scalar
 
 @triton.jit
 def attention_rows(
-    delta_ptr, omega_ptr, dsink_ptr, g, h_ptr, out, tangent, lse_ptr, mu_ptr, sinks, tsinks,
-    batch_shape, heads, L, DV,
+    shift_ptr, delta_ptr, omega_ptr, dsink_ptr, g, h_ptr, out, tangent, lse_ptr, mu_ptr,
+    sinks, tsinks, batch_shape, heads, L, DV,
     FAST: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """What all pairs of a query share: delta, omega if there is a tangent, and each query's part in
-    the gradient of its head's sink."""
+    """What all pairs of a query share: what to subtract from their exponents, delta, omega if there
+    is a tangent, and each query's part in the gradient of its head's sink."""
     tiles = tl.cdiv(L, BLOCK_M)
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    matrix = tl.program_id(0) // tiles
     batch, head = matrix // heads, matrix % heads
+    matrix = matrix.to(tl.int64)
     i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     if WIDE:
         i = i.to(tl.int64)
@@ -52,6 +55,8 @@ def attention_rows(
     if h_ptr is not None:
         delta -= vector(h_ptr, matrix, i, L)
     tl.store(delta_ptr + matrix * L + i, delta, mask=i < L)
+    shift = finite(vector(lse_ptr, matrix, i, L), FAST)
+    tl.store(shift_ptr + matrix * L + i, shift, mask=i < L)
     slope = -delta
     if omega_ptr is not None:
         t = tile(head_of(tangent, batch, head, batch_shape), i, cv, L, DV).to(ACC)
@@ -62,43 +67,46 @@ def attention_rows(
             x += number_of(tsinks, batch, head, batch_shape, ACC)
         slope = -x * delta - omega
     if dsink_ptr is not None:
-        sink = tl.zeros_like(delta) + number_of(sinks, batch, head, batch_shape, ACC)
-        p = exponential(sink, finite(vector(lse_ptr, matrix, i, L)), FAST)
-        tl.store(dsink_ptr + matrix * L + i, p * slope, mask=i < L)
+        sink = exponent(number_of(sinks, batch, head, batch_shape, ACC), None, FAST, False)
+        tl.store(dsink_ptr + matrix * L + i, power(sink - shift, FAST) * slope, mask=i < L)
 
 
 @triton.jit
 def attention_bwd_q(
     dq, dslope_ptr, g, q, k, v, rows, extras, about,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Of each query dq, and its part in the gradient of its head's slope; what is not wanted is
-    None. `rows` are numbers of each query: lse, delta, and for second derivatives mu and omega."""
-    lse_ptr, delta_ptr = rows[0], rows[1]
+    None. `rows` are numbers of each query: lse as an exponent, delta, and for second derivatives mu
+    and omega."""
+    shift_ptr, delta_ptr = rows[0], rows[1]
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(L, BLOCK_M)
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    matrix = tl.program_id(0) // tiles
     batch, head = matrix // heads, matrix % heads
-    i = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    matrix = matrix.to(tl.int64)
+    start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     if WIDE:
-        i = i.to(tl.int64)
+        start = start.to(tl.int64)
+    i = start + tl.arange(0, BLOCK_M)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k = head_of(k, batch, head // group, batch_shape)
     v = head_of(v, batch, head // group, batch_shape)
     mask = head_if(mask, batch, head, batch_shape)
     q, g = head_of(q, batch, head, batch_shape), head_of(g, batch, head, batch_shape)
     queries, grads = tile(q, i, c, L, D), tile(g, i, cv, L, DV)
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = shift_ptr.dtype.element_ty
     # Of float64, at as many warps, it spills less to hold them.
     LEAN: tl.constexpr = not FAST and ACC == tl.float32 and BLOCK_D > 128
     slope = number_of(slopes, batch, head, batch_shape, ACC)
-    lse = finite(vector(lse_ptr, matrix, i, L))
+    shift = vector(shift_ptr, matrix, i, L)
     delta = vector(delta_ptr, matrix, i, L)
 
+    sides = L, S, down, up, segments
     lo, hi, at = seen(i, L, S, down, up, segments)
-    first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
+    first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_M, BLOCK_N)
     if dq is not None:
         acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if dslope_ptr is not None:
@@ -119,11 +127,11 @@ def attention_bwd_q(
             s, steep, _ = scores(
                 product(again(queries, q, i, c, L, D, LEAN), keys, PRECISION),
                 i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
-                inside,
+                inside, UNSCALED,
             )  # fmt: skip
-            p = exponential(s, lse[:, None], FAST)
+            p = power(exponent(s, scale, FAST, UNSCALED) - shift[:, None], FAST)
             if edges:
-                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
+                p = tl.where(paired(j[None, :], lo[:, None], hi[:, None], sides), p, 0)
             e = product(again(grads, g, i, cv, L, DV, LEAN), values, PRECISION)
             if seed_ptr is not None:
                 e *= kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
@@ -141,33 +149,35 @@ def attention_bwd_q(
 @triton.jit
 def attention_bwd_kv(
     dk, dv, g, q, k, v, rows, extras, about,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Blocks of pairs are keys by queries here: what multiplies gradients and queries needs no
     transposition. `segments` are those of keys; what is not wanted of dk and dv is None."""
-    lse_ptr, delta_ptr = rows[0], rows[1]
+    shift_ptr, delta_ptr = rows[0], rows[1]
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(S, BLOCK_N)
-    shared = (tl.program_id(0) // tiles).to(tl.int64)
+    shared = tl.program_id(0) // tiles
     batch, key_head = shared // (heads // group), shared % (heads // group)
-    j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(0) % tiles * BLOCK_N
     if WIDE:
-        j = j.to(tl.int64)
+        start = start.to(tl.int64)
+    j = start + tl.arange(0, BLOCK_N)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k, v = head_of(k, batch, key_head, batch_shape), head_of(v, batch, key_head, batch_shape)
     keys, values = tile(k, j, c, S, D), tile(v, j, cv, S, DV)
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = shift_ptr.dtype.element_ty
     LEAN: tl.constexpr = not FAST and ACC == tl.float32 and BLOCK_D > 128
 
+    sides = S, L, up, down, segments
     lo, hi, at = seen(j, S, L, up, down, segments)
-    first, inner, inner_end, end = walk(lo, hi, BLOCK_M)
+    first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_N, BLOCK_M)
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dvalues = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
     for member in range(0, group):
         head = key_head * group + member
-        matrix = batch * heads + head
+        matrix = (batch * heads + head).to(tl.int64)
         queries_of = head_of(q, batch, head, batch_shape)
         grads_of = head_of(g, batch, head, batch_shape)
         mask_here = head_if(mask, batch, head, batch_shape)
@@ -188,23 +198,25 @@ def attention_bwd_kv(
                 s, steep, _ = scores(
                     product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
                     i[None, :], j[:, None], at[:, None] - i[None, :],
-                    mask_here, slope, scale, softcap, inside,
+                    mask_here, slope, scale, softcap, inside, UNSCALED,
                 )  # fmt: skip
-                p = exponential(s, finite(vector(lse_ptr, matrix, i, L))[None, :], FAST)
+                shift = vector(shift_ptr, matrix, i, L)[None, :]
+                p = power(exponent(s, scale, FAST, UNSCALED) - shift, FAST)
                 if edges:
-                    p = tl.where((i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None]), p, 0)
+                    p = tl.where(paired(i[None, :], lo[:, None], hi[:, None], sides), p, 0)
                 if seed_ptr is not None:
                     keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
+                if dv is not None:
+                    dropped = p
+                    if seed_ptr is not None:
+                        dropped *= keep
+                    dvalues = dot(dropped.to(grads.dtype), grads, dvalues, PRECISION)
                 if dk is not None:
                     e = product(again(values, v, j, cv, S, DV, LEAN), grads, PRECISION)
                     if seed_ptr is not None:
                         e *= keep
                     r = p * (e - vector(delta_ptr, matrix, i, L)[None, :]) * steep
                     dkeys = dot(r.to(queries.dtype), queries, dkeys, PRECISION)
-                if dv is not None:
-                    if seed_ptr is not None:
-                        p *= keep
-                    dvalues = dot(p.to(grads.dtype), grads, dvalues, PRECISION)
     if dk is not None:
         put(head_of(dk, batch, key_head, batch_shape), dkeys * scalar(scale, ACC), j, c, S, D)
     if dv is not None:
@@ -216,12 +228,13 @@ def attention_bwd_mask(
     dmask, g, q, k, v, tangents, rows, extras, about,
     own_heads, own_L, own_S, shared_by,
     SHARED_BATCH: tl.constexpr, SHARED_HEADS: tl.constexpr, SHARED_L: tl.constexpr,
-    SHARED_S: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    SHARED_S: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """r of a block of the mask, or w where there is a `mu`, summed over all that shares it."""
     tq, tk, tv, tmask, tslopes = tangents[0], tangents[1], tangents[2], tangents[3], tangents[5]
-    lse_ptr, delta_ptr, mu_ptr, omega_ptr = rows
+    shift_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     own_tiles_j = tl.cdiv(own_S, BLOCK_N)
@@ -230,7 +243,7 @@ def attention_bwd_mask(
     own_i = tl.program_id(0) % own_tiles // own_tiles_j
     own_j = tl.program_id(0) % own_tiles % own_tiles_j
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = shift_ptr.dtype.element_ty
     count_i = tl.cdiv(L, BLOCK_M) if SHARED_L else 1
     count_j = tl.cdiv(S, BLOCK_N) if SHARED_S else 1
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -260,21 +273,22 @@ def attention_bwd_mask(
                 i = i.to(tl.int64)
             queries = tile(head_of(q, batch, head, batch_shape), i, c, L, D)
             grads = tile(head_of(g, batch, head, batch_shape), i, cv, L, DV)
-            lse = finite(vector(lse_ptr, matrix, i, L))
+            shift = vector(shift_ptr, matrix, i, L)
             delta = vector(delta_ptr, matrix, i, L)
+            sides = L, S, down, up, segments
             lo, hi, at = seen(i, L, S, down, up, segments)
             for block_j in range(0, count_j):
                 j = (own_j + block_j) * BLOCK_N + tl.arange(0, BLOCK_N)
                 inside = (i < L)[:, None] & (j < S)[None, :]
                 keys = tile(head_of(k, batch, head // group, batch_shape), j, c, S, D)
-                values = tile(head_of(v, batch, head // group, batch_shape), j, cv, S, DV)
                 s, steep, _ = scores(
                     product(queries, keys, PRECISION), i[:, None], j[None, :],
                     at[:, None] - j[None, :], head_if(mask, batch, head, batch_shape),
-                    slope, scale, softcap, inside,
+                    slope, scale, softcap, inside, UNSCALED,
                 )  # fmt: skip
-                p = exponential(s, lse[:, None], FAST)
-                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
+                p = power(exponent(s, scale, FAST, UNSCALED) - shift[:, None], FAST)
+                p = tl.where(paired(j[None, :], lo[:, None], hi[:, None], sides), p, 0)
+                values = tile(head_of(v, batch, head // group, batch_shape), j, cv, S, DV)
                 e = product(grads, values, PRECISION)
                 if seed_ptr is not None:
                     keep = kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)

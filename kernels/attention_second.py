@@ -10,12 +10,13 @@ from .attention import (
     addend,
     again,
     dot,
-    exponential,
-    finite,
+    exponent,
     head_if,
     head_of,
     kept,
     number_of,
+    paired,
+    power,
     product,
     put,
     scores,
@@ -30,19 +31,21 @@ from .pointwise import scalar
 @triton.jit
 def attention_jvp_bwd_q(
     dq, dslope_ptr, g, q, k, v, tangents, rows, extras, about,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     tq, tk, tv, tmask, _, tslopes = tangents
-    lse_ptr, delta_ptr, mu_ptr, omega_ptr = rows
+    shift_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(L, BLOCK_M)
-    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    matrix = tl.program_id(0) // tiles
     batch, head = matrix // heads, matrix % heads
-    i = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    matrix = matrix.to(tl.int64)
+    start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     if WIDE:
-        i = i.to(tl.int64)
+        start = start.to(tl.int64)
+    i = start + tl.arange(0, BLOCK_M)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k = head_of(k, batch, head // group, batch_shape)
     v = head_of(v, batch, head // group, batch_shape)
@@ -58,16 +61,17 @@ def attention_jvp_bwd_q(
     if tq is not None:
         tq = head_of(tq, batch, head, batch_shape)
         tqueries = tile(tq, i, c, L, D)
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = shift_ptr.dtype.element_ty
     slope = number_of(slopes, batch, head, batch_shape, ACC)
     tslope = number_of(tslopes, batch, head, batch_shape, ACC)
-    lse = finite(vector(lse_ptr, matrix, i, L))
+    shift = vector(shift_ptr, matrix, i, L)
     delta = vector(delta_ptr, matrix, i, L)
     mu = vector(mu_ptr, matrix, i, L)
     omega = vector(omega_ptr, matrix, i, L)
 
+    sides = L, S, down, up, segments
     lo, hi, at = seen(i, L, S, down, up, segments)
-    first, inner, inner_end, end = walk(lo, hi, BLOCK_N)
+    first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_M, BLOCK_N)
     if dq is not None:
         acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     if dslope_ptr is not None:
@@ -87,11 +91,11 @@ def attention_jvp_bwd_q(
             s, steep, bent = scores(
                 product(again(queries, q, i, c, L, D, LEANER), keys, PRECISION),
                 i[:, None], j[None, :], at[:, None] - j[None, :], mask, slope, scale, softcap,
-                inside,
+                inside, UNSCALED,
             )  # fmt: skip
-            p = exponential(s, lse[:, None], FAST)
+            p = power(exponent(s, scale, FAST, UNSCALED) - shift[:, None], FAST)
             if edges:
-                p = tl.where((j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None]), p, 0)
+                p = tl.where(paired(j[None, :], lo[:, None], hi[:, None], sides), p, 0)
             y = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if tq is not None:
                 y = dot(again(tqueries, tq, i, c, L, D, LEAN), tl.trans(keys), y, PRECISION)
@@ -137,20 +141,21 @@ def attention_jvp_bwd_q(
 @triton.jit
 def attention_jvp_bwd_kv(
     dk, dv, g, q, k, v, tangents, rows, extras, about,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Blocks of pairs are keys by queries, as in `attention_bwd_kv`."""
     tq, tk, tv, tmask, _, tslopes = tangents
-    lse_ptr, delta_ptr, mu_ptr, omega_ptr = rows
+    shift_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
     batch_shape, heads, group, L, S, D, DV, scale, softcap, down, up, dropout = about
     tiles = tl.cdiv(S, BLOCK_N)
-    shared = (tl.program_id(0) // tiles).to(tl.int64)
+    shared = tl.program_id(0) // tiles
     batch, key_head = shared // (heads // group), shared % (heads // group)
-    j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(0) % tiles * BLOCK_N
     if WIDE:
-        j = j.to(tl.int64)
+        start = start.to(tl.int64)
+    j = start + tl.arange(0, BLOCK_N)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k, v = head_of(k, batch, key_head, batch_shape), head_of(v, batch, key_head, batch_shape)
     keys, values = tile(k, j, c, S, D), tile(v, j, cv, S, DV)
@@ -161,15 +166,16 @@ def attention_jvp_bwd_kv(
     if tv is not None:
         tv = head_of(tv, batch, key_head, batch_shape)
         tvalues = tile(tv, j, cv, S, DV)
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = shift_ptr.dtype.element_ty
 
+    sides = S, L, up, down, segments
     lo, hi, at = seen(j, S, L, up, down, segments)
-    first, inner, inner_end, end = walk(lo, hi, BLOCK_M)
+    first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_N, BLOCK_M)
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dvalues = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
     for member in range(0, group):
         head = key_head * group + member
-        matrix = batch * heads + head
+        matrix = (batch * heads + head).to(tl.int64)
         queries_of = head_of(q, batch, head, batch_shape)
         tqueries_of = head_if(tq, batch, head, batch_shape)
         grads_of = head_of(g, batch, head, batch_shape)
@@ -193,11 +199,12 @@ def attention_jvp_bwd_kv(
                 s, steep, bent = scores(
                     product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
                     i[None, :], j[:, None], at[:, None] - i[None, :],
-                    mask_here, slope, scale, softcap, inside,
+                    mask_here, slope, scale, softcap, inside, UNSCALED,
                 )  # fmt: skip
-                p = exponential(s, finite(vector(lse_ptr, matrix, i, L))[None, :], FAST)
+                shift = vector(shift_ptr, matrix, i, L)[None, :]
+                p = power(exponent(s, scale, FAST, UNSCALED) - shift, FAST)
                 if edges:
-                    p = tl.where((i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None]), p, 0)
+                    p = tl.where(paired(i[None, :], lo[:, None], hi[:, None], sides), p, 0)
                 y = tl.zeros((BLOCK_N, BLOCK_M), ACC)
                 if tq is not None:
                     tqueries = tile(tqueries_of, i, c, ENDS, D)

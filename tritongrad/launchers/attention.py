@@ -97,6 +97,14 @@ _HALF: dict[str, _Rows] = {
     "second_kv": ((32, 64, 4, 2), (32, 128, 8, 1), (16, 64, 4, 1)),
     "mask": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
 }
+# On sm_90, whose products read operands from shared memory, and where scores are those and nothing
+# else, registers are left for twice as many at a time: half the steps, each of which scales
+# accumulators and waits for all warps, and wgmma of twice as many columns reads less shared memory
+# for as many products.
+_PLAIN: dict[str, _Rows] = {
+    "forward": ((128, 64, 4, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
+    "backward_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
+}
 # No tensor core multiplies float32 exactly, and registers hold half or a quarter as many: blocks of
 # 16 by 16, or 32 by 32 where nothing spills, and twice the warps where four spill more, counted on
 # sm_90. Above 64, kernels load again in each step what they would hold (`again` in
@@ -108,11 +116,16 @@ _FLOAT64: dict[str, _Rows] = {
 }
 _FLOAT32: dict[str, _Rows] = {
     "forward": (_SQUARE, _MANY, _MANY),
-    **dict.fromkeys(("backward_q", "backward_kv"), (_SQUARE, _FEW, _MANY)),
-    "mask": (_SQUARE, _MANY, _MANY),
+    "backward_kv": (_SQUARE, _FEW, _MANY),
+    **dict.fromkeys(("backward_q", "mask"), (_SQUARE, _MANY, _MANY)),
     **dict.fromkeys(("jvp", "second_kv"), (_FEW, _MANY, _MANY)),
     "second_q": (_MANY, _MANY, _MANY),
 }
+
+# Without a GPU, what is compiled is for that.
+WGMMA = torch.version.hip is None and (
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
+)
 
 # AMD's have 64 KiB of shared memory for a program: two copies ahead are too many there.
 MOST_STAGES = 2 if torch.version.hip else 4
@@ -121,10 +134,14 @@ MOST_STAGES = 2 if torch.version.hip else 4
 FILL = 128
 
 
-def blocks(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int], many: int) -> Blocks:
-    """Blocks for heads of ``size``, ``lengths`` of queries and keys, and ``many`` heads in all."""
+def blocks(
+    kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int], many: int, plain: bool
+) -> Blocks:
+    """Blocks for heads of ``size``, ``lengths`` of queries and keys, and ``many`` heads in all;
+    ``plain``: scores are products and nothing else."""
     table = {torch.float64: _FLOAT64, torch.float32: _FLOAT32}.get(dtype, _HALF)
-    found = Blocks(*table[kind][(size > 64) + (size > 128)])
+    rows = _PLAIN.get(kind, table[kind]) if plain and WGMMA else table[kind]
+    found = Blocks(*rows[(size > 64) + (size > 128)])
     own, other = (found.n, found.m) if kind.endswith("kv") else (found.m, found.n)
     own_length, other_length = reversed(lengths) if kind.endswith("kv") else lengths
     while own > 16 and (many * -(-own_length // own) < FILL or own >= 2 * own_length):
@@ -152,7 +169,8 @@ class Problem:
         q, keys, v = inputs[:3]
         *batch, self.heads, self.length, size = q.shape
         self.key_heads, self.keys, value_size = keys.shape[-3], keys.shape[-2], v.shape[-1]
-        self.count, self.dtype, self.inputs = math.prod(batch), q.dtype, inputs
+        self.count, self.dtype = math.prod(batch), q.dtype
+        self.inputs, self.options = inputs, options
         self.pairs: tuple[int, ...] = (*batch, self.heads, self.length, self.keys)
         strides = {id(t): t.stride() for t in (q, keys, v, *matrices) if t is not None}
         for t in (inputs.mask, *masks):
@@ -186,6 +204,9 @@ class Problem:
             None if options.softcap is None else encode(options.softcap, compute),
             options.down, options.up, encode(options.dropout, compute),
         )  # fmt: skip
+        # Then the largest product is the largest score, and may be looked for in its place.
+        plain = inputs.mask is None and inputs.slopes is None and options.softcap is None
+        self.unscaled = q.dtype.itemsize == 2 and plain and scale > 0
         tf32 = q.dtype is torch.float32 and options.precision == "tf32"
         self.precision = "tf32" if tf32 else "ieee"
 
@@ -197,10 +218,19 @@ class Problem:
         """Launch a kernel that walks along the other side: of keys, if its kind says so."""
         inputs, by_key = self.inputs, kind.endswith("kv")
         size = max(self.blocks_d)
-        found = blocks(kind, self.dtype, size, (self.length, self.keys), self.count * self.heads)
-        if inputs.seed is not None and kind == "forward":
-            # Philox takes registers, of which four warps have none left.
+        plain = self.unscaled and inputs.seed is None
+        if by_key:
+            # Walking along several heads, or between two bounds, takes registers, too.
+            bounds = self.options.down, self.options.up, inputs.cu_q
+            plain = plain and self.heads == self.key_heads and bounds.count(None) >= 2
+        lengths, many = (self.length, self.keys), self.count * self.heads
+        found = blocks(kind, self.dtype, size, lengths, many, plain)
+        bools = inputs.mask is not None and inputs.mask.dtype is torch.bool
+        if kind == "forward" and (bools or inputs.seed is not None or not WGMMA):
+            # They take registers, and so do operands elsewhere: four warps have none left.
             found = found._replace(warps=8)
+        if kind == "backward_kv" and inputs.seed is not None and self.options.softcap is not None:
+            found = found._replace(m=min(found.m, 32))
         segments = _segments(inputs, by_key, self.keys if by_key else self.length)
         numbers = map(self.place, (inputs.slopes, inputs.sinks))
         extras = (self.place(inputs.mask), *numbers, inputs.seed, segments)
@@ -217,6 +247,7 @@ class Problem:
             **further,
             "PRECISION": self.precision,
             "FAST": self.dtype.itemsize == 2,
+            "UNSCALED": self.unscaled,
             "WIDE": self.wide,
             "BLOCK_M": found.m,
             "BLOCK_N": found.n,
@@ -412,10 +443,11 @@ def _launch(
     q = problem.inputs.q
     lse = lse.contiguous()
     mu = mu if mu is None else mu.contiguous()
-    delta, omega = _rows_like(q), None if tangent is None else _rows_like(q)
+    shift, delta = _rows_like(q), _rows_like(q)
+    omega = None if tangent is None else _rows_like(q)
     block = 16 if problem.blocks_d[1] > 64 else 32
     args = (
-        delta, omega, dsinks, g, h if h is None else h.contiguous(), out, tangent, lse, mu,
+        shift, delta, omega, dsinks, g, h if h is None else h.contiguous(), out, tangent, lse, mu,
         place(problem.inputs.sinks), tsinks,
         tuple(problem.batch), problem.heads, problem.length, problem.ends_d[1],
     )  # fmt: skip
@@ -429,7 +461,7 @@ def _launch(
     launch_prepared(kb.attention_rows, (programs,), args, delta, meta)
 
     operands = (g, *map(place, problem.inputs[:3]))
-    rows, tangents = (lse, delta, mu, omega), (*t, tmask, tsinks, tslopes)
+    rows, tangents = (shift, delta, mu, omega), (*t, tmask, tsinks, tslopes)
     if tangent is None:
         order, by_query, by_key = "backward", kb.attention_bwd_q, kb.attention_bwd_kv
         middle = (*operands, rows)
