@@ -128,6 +128,11 @@ def test_as_on_torch(about: str) -> None:
     assert {what: n for what, n in session.fell_back.items() if what[1] not in HARMLESS} == {}
 
 
+def half_lowered() -> Tensor:
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        return F.linear_cross_entropy(leaf(3, 2).float(), leaf(4, 2), classes(4, 3))
+
+
 REFUSED: dict[str, Callable[[], Any]] = {
     "a norm's weight too short": lambda: F.layer_norm(leaf(2, 3), (3,), leaf(2)),
     "an index past the embedding": lambda: F.embedding(
@@ -136,6 +141,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "heads of other widths": lambda: F.scaled_dot_product_attention(
         leaf(1, 2, 3, 4), leaf(1, 2, 3, 5), leaf(1, 2, 3, 5)
     ),
+    "float64 logits of what autocast lowers": half_lowered,
 }
 
 

@@ -52,6 +52,8 @@ def _bind(
     linear = [input, linear_weight, *([] if linear_bias is None else [linear_bias])]
     lower = _lowered(input)
     admit_alike(*linear, promoting=lower is not None)
+    if lower is not None and any(t.dtype is torch.float64 for t in linear):
+        raise Unsupported("float64 beside what autocast lowers")
     if not 1 <= input.dim() <= 2 or linear_weight.dim() < 2:
         raise Unsupported("an input of other than one or two dimensions, a weight of less than two")
     (*batch, features), (classes, *losses, inner) = input.shape, linear_weight.shape
