@@ -141,6 +141,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "heads of other widths": lambda: F.scaled_dot_product_attention(
         leaf(1, 2, 3, 4), leaf(1, 2, 3, 5), leaf(1, 2, 3, 5)
     ),
+    "softshrink by more than its dtype has": lambda: F.softshrink(leaf(3).half(), 1e5),
     "float64 logits of what autocast lowers": half_lowered,
 }
 

@@ -112,6 +112,9 @@ def without_indices(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# A random op draws the same numbers for all samples; torch refuses it unless told how.
+same = partial(vmap, randomness="same")
+
 LOSES_WEIGHT = {"l1_loss"}
 """Functions of torch's that hand no ``weight`` to a mode, such as linearize's tracer."""
 
@@ -142,8 +145,29 @@ def test_vjp_jvp_and_linearize(name: str) -> None:
         assert_same(results[0], results[1], str(call), tolerance=SUMMED)
 
 
-# A random op draws the same numbers for all samples; torch refuses it unless told how.
-same = partial(vmap, randomness="same")
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.mechanism
+def test_each_input_alone(name: str) -> None:
+    """Twice differentiated: a gradient may be the upstream one as it is. Of no samples there are
+    none."""
+    if name == "chain_matmul":
+        pytest.skip("torch's own has no batching rule, and the rest of multi_dot is tested by it")
+    for call in small(name, most=1):
+        inputs = [t.detach() for t in call.inputs]
+        for i, x in enumerate(inputs):
+
+            def loss(f: Callable[..., Any], x: Tensor, i: int = i, inputs: Any = inputs) -> Tensor:
+                values = floats(f(*inputs[:i], x, *inputs[i + 1 :]))
+                return torch.stack([t.square().sum() for t in values]).sum()
+
+            def curvature(f: Callable[..., Any], x: Tensor, loss: Any = loss) -> Tensor:
+                return grad(partial(loss, f))(x).square().sum()
+
+            for value in (loss, curvature):
+                slopes = [grad(partial(value, f))(x) for f in (call.triton, call.torch)]
+                assert_same(slopes[0], slopes[1], f"{call}, input {i}", tolerance=SUMMED)
+            of_none = same(grad(partial(loss, call.triton)))(torch.stack([x])[:0])
+            assert of_none.shape == (0, *x.shape), f"{call}, input {i}"
 
 
 @pytest.mark.parametrize("name", list(OPS))

@@ -86,6 +86,13 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
                 ctx.mark_non_differentiable(*integers, *outputs[public:])
         return output
 
+    def transformed(params: Any, *tensors: Tensor | None) -> Any:
+        # torch refuses to save an input that is returned as it is (a gradient handed on).
+        output = compute(params, *tensors)
+        if type(output) is tuple:
+            return tuple([apart(out, tensors) for out in output])
+        return apart(output, tensors)
+
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         forward(ctx, *inputs, output=output)
 
@@ -140,14 +147,14 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
 
     def vmap(info: Any, in_dims: tuple, params: Any, *tensors: Tensor | None) -> Any:
         with rules():
-            if op.vmap is not None:
+            if op.vmap is not None and info.batch_size:
                 return op.vmap(info, params, tensors, in_dims[1:])
             return vmap_reference(op, info, params, tensors, in_dims[1:])
 
     name = "Triton" + "".join(part.capitalize() for part in op.name.split("_"))
     members: dict[str, Any] = {
         "op": op,
-        "forward": staticmethod(compute),
+        "forward": staticmethod(transformed),
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
         "jvp": staticmethod(jvp),
@@ -165,6 +172,13 @@ def make_function(op: Op) -> tuple[type[torch.autograd.Function], Callable[..., 
     }
     eager = type(name, (function,), members)
     return function, super(torch.autograd.Function, eager).apply  # type: ignore[misc]
+
+
+def apart(output: Any, tensors: Tensors) -> Any:
+    """A result that is none of the op's tensors itself."""
+    if output is None or all(output is not t for t in tensors):
+        return output
+    return output.view_as(output)
 
 
 def vjp(
@@ -310,7 +324,7 @@ def pushforward(op: Op, params: Any, tensors: Tensors, outputs: Tensors, tangent
 def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
     """Batch an op that has no rule of its own: a backward op through its definition, another one
     sample by sample, because only its kernels make what its backward needs."""
-    if op.rule is not None or op.reference is None:
+    if op.rule is not None or op.reference is None or not info.batch_size:
         return vmap_by_samples(op, info, params, tensors, dims)
     present = [i for i, t in enumerate(tensors) if t is not None]
 
@@ -329,13 +343,19 @@ def vmap_reference(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple
 
 def vmap_by_samples(op: Op, info: Any, params: Any, tensors: Tensors, dims: tuple) -> Any:
     """Batch an op by calling it for each sample."""
+
+    def of(t: Tensor | None, d: int | None, i: int) -> Tensor | None:
+        if t is None or d is None:
+            return t
+        if not info.batch_size:  # zeros, of which only the shapes of results are taken
+            return t.new_zeros(t.movedim(d, 0).shape[1:])
+        return t.select(d, i)
+
     results = []
-    for i in range(info.batch_size):
-        sample = tuple(
-            t if t is None or d is None else t.select(d, i)
-            for t, d in zip(tensors, dims, strict=True)
-        )
+    for i in range(info.batch_size or 1):
+        sample = tuple([of(t, d, i) for t, d in zip(tensors, dims, strict=True)])
         found = apply(op, params, sample, everything=True)
         results.append(found if type(found) is tuple else (found,))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    parts = zip(*results, strict=True)
+    stacked = tuple(torch.stack(part)[: info.batch_size] for part in parts)
     return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)

@@ -104,7 +104,7 @@ def _varying(shape: torch.Size, rank: int) -> set[int]:
 
 def total(sums: Tensor, spec: Spec) -> Tensor:
     """``sums`` over what is left of the dimensions that ``spec`` is broadcast along."""
-    if sums.numel() == spec.shape.numel():
+    if sums.numel() == math.prod(spec.shape):  # a tuple, where a transform has taken it apart
         return sums.reshape(spec.shape).to(spec.dtype)
     return sum_to(sums, spec.shape, spec.dtype)
 

@@ -232,8 +232,9 @@ def _normalised(
     dtype, compute = x.dtype, COMPUTE_DTYPE[x.dtype]
     if params.dense:
         x = x.contiguous()
-    channels = (x.shape[1],) if params.groups is None else (params.groups, -1)
+    channels: tuple[int, ...] = (x.shape[1],)
     if params.groups is not None:
+        channels = (params.groups, x.shape[1] // params.groups)
         x = x.unflatten(1, channels)
 
     def of_channels(value: Tensor | None) -> Any:

@@ -237,8 +237,9 @@ def _second_op(name: str, layout: Layout) -> Op:
         results: list[Tensor | None] = [dg, dx, dweight]
         if layout.outputs == 2:
             passed = bp.needs[1] and vs[0] is not None
-            assert h_spec is not None
-            results.insert(1, vs[0].to(h_spec.dtype, copy=True) if passed else None)
+            # No spec of a sum that nothing is differentiated by.
+            dtype = None if h_spec is None else h_spec.dtype
+            results.insert(1, vs[0].to(dtype, copy=True) if passed and dtype else None)
         return _needed(results, bp.needs)
 
     def reference(bp: BackwardParams, *tensors: Tensor | None) -> Tensors:

@@ -255,15 +255,15 @@ def bind_hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> tuple[Tensors, Params]:
     found = unary(input, min_val, max_val, inplace=inplace)
-    if min_val > max_val:
-        raise Unsupported("min_val is above max_val")
+    if not min_val <= max_val:
+        raise Unsupported("min_val is above max_val, or one of them is NaN")
     return found
 
 
 def bind_softshrink(input: Tensor, lambd: float = 0.5) -> tuple[Tensors, Params]:
     found = unary(input, lambd)
-    if lambd < 0:
-        raise Unsupported("lambd is negative")
+    if not 0 <= lambd <= torch.finfo(found[1].result).max:
+        raise Unsupported("lambd is negative, or no finite number of the dtype")
     return found
 
 
