@@ -12,7 +12,7 @@ alpha * sum_sk a[i, s, m, k] * b[i, s, k, n] + beta * added[i, m, n].
 import triton
 import triton.language as tl
 
-from .pointwise import scalar
+from .pointwise import evaluate, scalar
 
 # Rows of tiles that run together: they share the columns of b in L2 while these are there.
 GROUP = tl.constexpr(8)
@@ -106,7 +106,7 @@ def finish(
     if z_ptr is not None:
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=in_m & in_n)
     if EPILOGUE is not None:
-        z = EPILOGUE(z)[0]
+        z = evaluate(EPILOGUE, (z,), c_ptr.dtype.element_ty)[0]
     tl.store(c_ptr + at, z.to(c_ptr.dtype.element_ty), mask=in_m & in_n)
 
 
