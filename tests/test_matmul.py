@@ -519,7 +519,8 @@ def test_alignment() -> None:
     square, row = torch.Size((256, 256)), torch.Size((1, 256))
 
     def depth(*operands: Any, summed: bool = False) -> int:
-        found = launcher.plan(*operands, torch.bfloat16, "ieee", summed=summed)
+        sizes = [torch.Size(o) if i % 2 == 0 else o for i, o in enumerate(operands)]
+        found = launcher.plan(*sizes, torch.bfloat16, "ieee", summed=summed)
         depth: int = found.meta["BLOCK_K"]
         return depth
 
@@ -528,6 +529,17 @@ def test_alignment() -> None:
     assert depth(row, (256, 1), square, (256, 1)) == 128
     assert depth(row, (256, 1), square, (257, 1)) < 128
     assert depth(row, (256, 1), square, (512, 2)) < 128
+    assert depth((2, *square), (65537, 256, 1), (2, *square), (65536, 256, 1)) == 32
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["aligned", "shifted"])
+def test_where_operands_begin(first: int) -> None:
+    """At an unaligned address rows are read element by element, whatever their strides."""
+    a = torch.zeros(256 * 256 + 1, dtype=torch.bfloat16, device=DEVICE)[first:][: 256 * 256]
+    seen: list[Any] = []
+    with runtime.stub(), runtime.observe(lambda *launch: seen.append(launch[3])):
+        launcher.matrix_product(a.view(256, 256), big(torch.bfloat16, size=256))
+    assert seen[0]["BLOCK_K"] == (64 if first else 128)
 
 
 def test_tf32_as_torch_was_told() -> None:

@@ -54,7 +54,7 @@ _DEPTHS = {
     (128, 64, 8): (64, 32, 0, 16, 0, 16),
     (64, 128, 8): (0, 0, 16, 0, 0, 0),
     (64, 64, 4): (64, 32, 0, 0, 32, 16),
-    (32, 64, 4): (32, 32, 16, 16, 32, 0),
+    (32, 64, 4): (32, 32, 16, 32, 32, 0),
     (64, 32, 4): (64, 32, 16, 16, 32, 0),
     (32, 32, 4): (0, 0, 0, 0, 0, 16),
     (16, 64, 4): (128, 32, 32, 32, 64, 0),
@@ -173,6 +173,7 @@ class Plan(NamedTuple):
         outer: shapes and strides of the operands of the pointwise product that one with nothing to
             sum over is.
         factors: of the product, and of what is added, in either of these.
+        shifted: for operands that begin at unaligned addresses, where that makes a difference.
     """
 
     shape: torch.Size
@@ -183,6 +184,7 @@ class Plan(NamedTuple):
     sums: reduction.Plan | None = None
     outer: tuple[torch.Size, Strides, torch.Size, Strides] | None = None
     factors: tuple[Number, Number] = (1, 1)
+    shifted: Plan | None = None
 
 
 @planned
@@ -198,13 +200,16 @@ def plan(
     epilogue: Any = None,
     summed: bool = False,
     device: int | None = None,
+    shifted: bool = False,
 ) -> Plan:
     """How to multiply operands of these shapes and strides, float32 in ``float32_precision()``;
     ``alpha`` times their product, and something added, and a device function of all that.
     ``summed``: the product is summed over the last dimension of its batch, which both have.
-    ``device``: where other kernels may do it, if ``run`` is what launches it, without a bias."""
+    ``device``: where other kernels may do it, if ``run`` is what launches it, without a bias.
+    ``shifted``: they begin at unaligned addresses."""
     precision = "tf32" if dtype is torch.float32 and precision == "tf32" else "ieee"
     operands = a_shape, a_strides, b_shape, b_strides
+    how = dtype, precision, alpha, added, epilogue, summed, None
     parts: tuple[int, ...] = ()
     if summed:
         a_shape, a_strides, b_shape, b_strides, parts = _side_by_side(
@@ -237,8 +242,9 @@ def plan(
     if min(m, n) == 1:
         # Limited by memory: rounding the operands would gain nothing.
         precision = "ieee"
-    steps = _step(stride_am, stride_ak), _step(stride_bk, stride_bn)
-    aligned = all(step % 16 == 0 for step in (*steps, n, *parts[1:]))
+    steps = _step(stride_am, stride_ak), _step(stride_bk, stride_bn), n
+    every = *steps, *parts[1:], *a_batch, *b_batch
+    aligned = not shifted and all(step % 16 == 0 for step in every)
     if device is not None and epilogue is None:
         # Limited by memory, and tiles have 16 of each at least.
         other = Plan(shape, strides, None, (), {}, factors=(alpha, addend.beta))
@@ -271,7 +277,9 @@ def plan(
         tuple(added_batch), stride_dm or None, stride_dn or None,
         _factor(addend.beta, dtype), _factor(alpha, dtype), *(parts or (None, None, None)),
     )  # fmt: skip
-    return Plan(shape, strides, (batch * -(-m // tile.m) * -(-n // tile.n),), geometry, meta)
+    grid = (batch * -(-m // tile.m) * -(-n // tile.n),)
+    twin = plan(*operands, *how, True) if aligned else None
+    return Plan(shape, strides, grid, geometry, meta, shifted=twin)
 
 
 def _sums(
@@ -412,6 +420,8 @@ def _launch(
     bias: Tensor | None,
     z: Tensor | None,
 ) -> None:
+    if plan.shifted is not None and (a.data_ptr() | b.data_ptr()) % 16:
+        plan = plan.shifted
     if plan.grid is not None:
         stride = None if bias is None else bias.stride(0)
         args = (out, a, b, added, *plan.geometry, bias, stride, z)
