@@ -112,6 +112,27 @@ def without_indices(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def test_weights_of_a_loss_at_an_outer_level() -> None:
+    """Of which the loss is no op of ours: it would take them for constants."""
+    x, target, weight = (Random(torch.float64, DEVICE)(3, low=0.2, high=0.8) for _ in range(3))
+    x, target, weight = x.detach(), target.detach(), weight.detach()
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        by_weight = F.binary_cross_entropy_with_logits(x, target, weight)
+        return by_weight + F.binary_cross_entropy_with_logits(x, target, pos_weight=weight)
+
+    def slope(weight: Tensor) -> Tensor:
+        return grad(loss)(x, weight).square().sum()
+
+    def found() -> list[Tensor]:
+        forward = jvp(partial(loss, x), (weight,), (weight,))[1]
+        return [grad(slope)(weight), forward, jvp(slope, (weight,), (weight,))[1]]
+
+    expected = found()
+    with tritongrad.use():
+        assert_same(found(), expected, "weights", tolerance=SUMMED)
+
+
 # A random op draws the same numbers for all samples; torch refuses it unless told how.
 same = partial(vmap, randomness="same")
 

@@ -146,9 +146,20 @@ def constant(tensor: Tensor | None) -> Tensor | None:
 
 def not_derived(tensor: Tensor | None, name: str) -> Tensor | None:
     """A tensor for which torch refuses a derivative."""
-    if isinstance(tensor, Tensor) and tensor.requires_grad:
+    if isinstance(tensor, Tensor) and _asks(tensor):
         raise Unsupported(f"{name} requires a gradient, of which torch has none")
     return constant(tensor)
+
+
+def _asks(tensor: Tensor) -> bool:
+    """Whether a derivative by ``tensor`` may be wanted, by an outer transform, too."""
+    if tensor.requires_grad or not _is_wrapped(tensor):
+        return tensor.requires_grad
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    forward = torch._C._functorch.TransformType.Jvp
+    if any(level.key() == forward for level in levels):
+        return True  # tangents of outer levels are out of reach
+    return _asks(_unwrapped(tensor))
 
 
 def values(tensor: Tensor) -> Tensor:
