@@ -169,13 +169,15 @@ def row(
     @cache
     def unchanged(form: str, values: tuple[Number, ...]) -> tuple[bool, ...]:
         given: dict[str, Any] = {"g": _G, "form": form, **dict(zip(consts, values, strict=False))}
-        return tuple(
-            [
-                n in rules and given.keys() >= set(wants[n])
-                and rules[n](**{w: given[w] for w in wants[n]}) is _G
-                for n in inputs
-            ]
-        )  # fmt: skip
+        # Checkpoints differentiate where torch functions do not look at their arguments' types.
+        with torch._C._EnableTorchFunction():
+            return tuple(
+                [
+                    n in rules and given.keys() >= set(wants[n])
+                    and rules[n](**{w: given[w] for w in wants[n]}) is _G
+                    for n in inputs
+                ]
+            )  # fmt: skip
 
     def sum_of_parts(
         params: Params, tensors: Tensors, out: Tensor, tangents: Tensors, dtype: torch.dtype
