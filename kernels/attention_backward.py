@@ -244,6 +244,7 @@ def attention_bwd_mask(
     own_j = tl.program_id(0) % own_tiles % own_tiles_j
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     ACC: tl.constexpr = shift_ptr.dtype.element_ty
+    LEAN: tl.constexpr = not FAST and ACC == tl.float32 and BLOCK_D > 128
     count_i = tl.cdiv(L, BLOCK_M) if SHARED_L else 1
     count_j = tl.cdiv(S, BLOCK_N) if SHARED_S else 1
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -289,7 +290,8 @@ def attention_bwd_mask(
                 p = power(exponent(s, scale, FAST, UNSCALED) - shift[:, None], FAST)
                 p = tl.where(paired(j[None, :], lo[:, None], hi[:, None], sides), p, 0)
                 values = tile(head_of(v, batch, head // group, batch_shape), j, cv, S, DV)
-                e = product(grads, values, PRECISION)
+                held = again(grads, head_of(g, batch, head, batch_shape), i, cv, L, DV, LEAN)
+                e = product(held, values, PRECISION)
                 if seed_ptr is not None:
                     keep = kept(seed_ptr, dropout, matrix, i[:, None], j[None, :], ACC)
                     e *= keep

@@ -226,7 +226,8 @@ class Problem:
         lengths, many = (self.length, self.keys), self.count * self.heads
         found = blocks(kind, self.dtype, size, lengths, many, plain)
         bools = inputs.mask is not None and inputs.mask.dtype is torch.bool
-        if kind == "forward" and (bools or inputs.seed is not None or not WGMMA):
+        tight = found.m == 128 and (bools or self.ends_d != (None, None) or not WGMMA)
+        if kind == "forward" and (tight or inputs.seed is not None):
             # They take registers, and so do operands elsewhere: four warps have none left.
             found = found._replace(warps=8)
         if kind == "backward_kv" and inputs.seed is not None and self.options.softcap is not None:
