@@ -28,7 +28,8 @@ from torch.func import (
 )
 
 import tritongrad
-from tritongrad.op import OPS
+from tritongrad.op import OPS, Unsupported
+from tritongrad.ops import operands
 from tritongrad.sampling import Random
 
 DIFFERENTIABLE = [name for name, op in OPS.items() if op.differentiable]
@@ -110,6 +111,21 @@ def without_indices(function: Callable[..., Any]) -> Callable[..., Any]:
         return result if isinstance(result, Tensor) else tuple(floats(result))
 
     return run
+
+
+def test_a_dual_number_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 0-dim tensor of the CPU beside tensors of a GPU is read as one: not where it may have a
+    tangent, which would be lost."""
+    monkeypatch.setattr(operands, "admit_or_scalar", lambda value: None)
+    monkeypatch.setattr(operands.runtime, "DEVICE_TYPES", frozenset(("meta",)))
+    there, number = torch.ones(3, device="meta"), torch.tensor(2.0)
+    (_, left_out), params = operands.read_operands(("input", "other"), (there, number))
+    assert left_out is None
+    assert params.scalars == (None, 2.0)
+    with forward_ad.dual_level(), pytest.raises(Unsupported, match="different devices"):
+        operands.read_operands(
+            ("input", "other"), (there, forward_ad.make_dual(number, torch.ones(())))
+        )
 
 
 def test_weights_of_a_loss_at_an_outer_level() -> None:

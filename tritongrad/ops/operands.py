@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import runtime
 from ..admission import admit
@@ -100,7 +101,8 @@ def read_operands(
     for i, t in enumerate(operands):
         if t is None or t.device == device:
             continue
-        if t.dim() == 0 and t.device.type == "cpu" and not t.requires_grad:
+        number = t.dim() == 0 and t.device.type == "cpu"
+        if number and not t.requires_grad and forward_ad._current_level < 0:
             operands[i], scalars[i] = None, t.item()
         else:
             raise Unsupported("tensors on different devices")
