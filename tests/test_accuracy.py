@@ -166,7 +166,7 @@ WIDER: dict[str, tuple[float, float, str]] = {
     "gelu:tanh tail": (128, 128, TAIL),
     "mish": (4, 4, "six roundings in a row"),
     "ndtr:tail": (256, 256, TAIL),
-    "sinc": (4, 4, "pi * x is rounded before its sine is taken"),
+    "sinc": (4, 4, "four roundings in a row; in float64 that of pi * x, before its sine is taken"),
     "tanhshrink": (3, 4, "six roundings in a row"),
 }
 """Case -> limits in float32 and float64, and why they are wider."""
