@@ -53,52 +53,34 @@ def divided(x, BY: tl.constexpr):
 @triton.jit
 def exp_down(x, HALF: tl.constexpr = False):
     """exp of a number up to 80."""
-    if HALF:
-        return half.exp_down(x)
-    else:
-        return libdevice.exp(x)
+    return half.exp_down(x) if HALF else libdevice.exp(x)
 
 
 @triton.jit
 def expm1(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.expm1(x)
-    else:
-        return libdevice.expm1(x)
+    return half.expm1(x) if HALF else libdevice.expm1(x)
 
 
 @triton.jit
 def ratio(x, y, HALF: tl.constexpr = False):
     """x / y for y from 2**-126 to 2**126."""
-    if HALF:
-        return x * half.inverse(y)
-    else:
-        return div(x, y)
+    return x * half.inverse(y) if HALF else div(x, y)
 
 
 @triton.jit
 def log1p_exp(x, HALF: tl.constexpr = False):
     """log(1 + exp(x)) of a number that is not positive."""
-    if HALF:
-        return half.log1p_exp(x)
-    else:
-        return libdevice.log1p(libdevice.exp(x))
+    return half.log1p_exp(x) if HALF else libdevice.log1p(libdevice.exp(x))
 
 
 @triton.jit
 def log(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.log(x)
-    else:
-        return libdevice.log(x)
+    return half.log(x) if HALF else libdevice.log(x)
 
 
 @triton.jit
 def pow(x, y, HALF: tl.constexpr = False):
-    if HALF:
-        return half.pow(x, y)
-    else:
-        return libdevice.pow(x, y)
+    return half.pow(x, y) if HALF else libdevice.pow(x, y)
 
 
 @triton.jit
@@ -113,63 +95,39 @@ def normal(x, HALF: tl.constexpr = False):
 
 @triton.jit
 def erf(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.erf(x)
-    else:
-        return libdevice.erf(x)
+    return half.erf(x) if HALF else libdevice.erf(x)
 
 
 @triton.jit
 def erfc(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.erfc(x)
-    else:
-        return libdevice.erfc(x)
+    return half.erfc(x) if HALF else libdevice.erfc(x)
 
 
 @triton.jit
 def atan(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.atan(x)
-    else:
-        return libdevice.atan(x)
+    return half.atan(x) if HALF else libdevice.atan(x)
 
 
 @triton.jit
 def atan2(y, x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.atan2(y, x)
-    else:
-        return libdevice.atan2(y, x)
+    return half.atan2(y, x) if HALF else libdevice.atan2(y, x)
 
 
 @triton.jit
 def sinh(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.sinh(x)
-    else:
-        return libdevice.sinh(x)
+    return half.sinh(x) if HALF else libdevice.sinh(x)
 
 
 @triton.jit
 def asinh(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.asinh(x)
-    else:
-        return libdevice.asinh(x)
+    return half.asinh(x) if HALF else libdevice.asinh(x)
 
 
 @triton.jit
 def acosh(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.acosh(x)
-    else:
-        return libdevice.acosh(x)
+    return half.acosh(x) if HALF else libdevice.acosh(x)
 
 
 @triton.jit
 def atanh(x, HALF: tl.constexpr = False):
-    if HALF:
-        return half.atanh(x)
-    else:
-        return libdevice.atanh(x)
+    return half.atanh(x) if HALF else libdevice.atanh(x)

@@ -232,7 +232,7 @@ def test_other_targets(
     """Of a causal call in bfloat16 at 64, what spills is recorded."""
     if not pytestconfig.getoption("every_op"):
         pytest.skip("a minute of compiling: with --every-op")
-    monkeypatch.setattr(launcher, "WGMMA", False)
+    monkeypatch.setattr(launcher, "has_wgmma", lambda: False)
     if target == "gfx942":
         monkeypatch.setattr(launcher, "MOST_STAGES", 2)
     kernels = {n: s for n, s in kernels_of(Cell(BF16, 64, "causal")).items() if n in FIRST}
@@ -262,7 +262,7 @@ def test_shared_memory_of_amd(
 ) -> None:
     """Programs get the 64 KiB that a gfx942 has; more, and the launch would fail."""
     monkeypatch.setattr(launcher, "MOST_STAGES", 2)
-    monkeypatch.setattr(launcher, "WGMMA", False)
+    monkeypatch.setattr(launcher, "has_wgmma", lambda: False)
     kernels = kernels_of(cell)
     if not pytestconfig.getoption("every_op"):
         if cell != USUAL:

@@ -87,7 +87,7 @@ def test_unknown_activation() -> None:
 
 def test_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 layers, z kept or a residual added: tensor cores of sm_90, and no spill."""
-    monkeypatch.setattr(matmul, "_HAS_WGMMA", True)
+    monkeypatch.setattr(matmul, "has_wgmma", lambda: True)
     matmul.plan.cache_clear()
     seen: list[Any] = []
     x, weight = (

@@ -32,9 +32,10 @@ def call(op: Op, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) 
     if op.schema is None or not _eligible(args, kwargs):
         return func(*args, **kwargs)
     written, named = args, kwargs
-    if func is not op.replaces[0]:
-        place = _place(op, func)
-        spelled = None if place is None else op.spellings[place][1](*args, **kwargs)
+    if not _has_its_signature(op, func):
+        if op.spelling is None or func is not op.spelling[0]:
+            return func(*args, **kwargs)
+        spelled = op.spelling[1](*args, **kwargs)
         if spelled is None:
             return func(*args, **kwargs)
         written, named = spelled, {}
@@ -44,17 +45,12 @@ def call(op: Op, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) 
     return result if op.returns is None else op.returns(result)
 
 
-def _place(op: Op, func: Callable[..., Any]) -> int | None:
-    """That of ``func`` among the op's spellings."""
-    for place, (known, _) in enumerate(op.spellings):
-        if known is func:
-            return place
-    return None
+def _has_its_signature(op: Op, func: Callable[..., Any]) -> bool:
+    return func in op.replaces
 
 
-# Looked up while it is traced, as names of ops are (reroute.py). A place and not what is there,
-# because Dynamo calls no function that it cannot say the origin of.
-_place._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# Looked up while it is traced, as names of ops are (reroute.py).
+_has_its_signature._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _transforming() -> bool:

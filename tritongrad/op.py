@@ -133,8 +133,8 @@ class Op:
             torch's own function, of tensors that have no memory.
         compiles: of an op with a schema, whether its library op may stand for a call, given the
             call's arguments while it is traced; None: always.
-        spellings: further torch callables that the library op stands for, each with what makes the
-            schema's arguments of its own; None of it: the call is torch's.
+        spelling: of an op with a schema, one of its variants that the library op stands for, too,
+            and what makes the schema's arguments of its own; None of it: the call is torch's.
         opinfo: names of torch's OpInfo entries that cover it, ``name.variant`` for a variant.
         kernels: names of the Triton kernels that forward launches.
         formula: the derivative for a reader, one line.
@@ -175,7 +175,7 @@ class Op:
     autocast: Mapping[str, str] = dataclasses.field(default_factory=dict)
     schema: str | None = None
     compiles: Callable[..., bool] | None = None
-    spellings: tuple[tuple[Callable[..., Any], Callable[..., tuple | None]], ...] = ()
+    spelling: tuple[Callable[..., Any], Callable[..., tuple | None]] | None = None
     fake: Callable[..., Any] | None = None
     opinfo: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from ..layout import (
     strides_as,
 )
 from ..runtime import launch_prepared
+from .configurations import compute_capability
 from .reduction import sum_to
 
 MOST_HEAD_DIM = 256
@@ -122,10 +123,11 @@ _FLOAT32: dict[str, _Rows] = {
     "second_q": (_MANY, _MANY, _MANY),
 }
 
-# Without a GPU, what is compiled is for that.
-WGMMA = torch.version.hip is None and (
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
-)
+
+def has_wgmma() -> bool:
+    """Whether the GPU has Hopper's tensor cores; without one, what is compiled is for that."""
+    return torch.version.hip is None and compute_capability()[0] in (0, 9)
+
 
 # AMD's have 64 KiB of shared memory for a program: two copies ahead are too many there.
 MOST_STAGES = 2 if torch.version.hip else 4
@@ -140,7 +142,7 @@ def blocks(
     """Blocks for heads of ``size``, ``lengths`` of queries and keys, and ``many`` heads in all;
     ``plain``: scores are products and nothing else."""
     table = {torch.float64: _FLOAT64, torch.float32: _FLOAT32}.get(dtype, _HALF)
-    rows = _PLAIN.get(kind, table[kind]) if plain and WGMMA else table[kind]
+    rows = _PLAIN.get(kind, table[kind]) if plain and has_wgmma() else table[kind]
     found = Blocks(*rows[(size > 64) + (size > 128)])
     own, other = (found.n, found.m) if kind.endswith("kv") else (found.m, found.n)
     own_length, other_length = reversed(lengths) if kind.endswith("kv") else lengths
@@ -226,7 +228,7 @@ class Problem:
         lengths, many = (self.length, self.keys), self.count * self.heads
         found = blocks(kind, self.dtype, size, lengths, many, plain)
         bools = inputs.mask is not None and inputs.mask.dtype is torch.bool
-        tight = found.m == 128 and (bools or self.ends_d != (None, None) or not WGMMA)
+        tight = found.m == 128 and (bools or self.ends_d != (None, None) or not has_wgmma())
         if kind == "forward" and (tight or inputs.seed is not None):
             # They take registers, and so do operands elsewhere: four warps have none left.
             found = found._replace(warps=8)

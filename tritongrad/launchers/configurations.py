@@ -112,6 +112,15 @@ def forget_plans() -> None:
 
 
 @cache
+def compute_capability() -> tuple[int, int]:
+    """Of the CUDA GPU at hand; (0, 0) without one. Asked at the first launch, not at import: asking
+    initialises CUDA."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return 0, 0
+    return torch.cuda.get_device_capability()
+
+
+@cache
 def architecture(device: int) -> str:
     """Of a GPU, as its vendor names it: ``sm_90``, ``gfx942``."""
     if INTERPRETED:

@@ -22,7 +22,7 @@ from ..layout import (
 )
 from ..runtime import launch_prepared
 from . import reduction
-from .configurations import planned
+from .configurations import compute_capability, planned
 from .pointwise import elementwise
 
 
@@ -92,11 +92,10 @@ _HOPPER = tuple(
 PROCESSORS = 132
 """Multiprocessors of the GPU that a tile is chosen for, an H100 or H200."""
 
-_HAS_WGMMA = (
-    torch.version.hip is None
-    and torch.cuda.is_available()
-    and torch.cuda.get_device_capability() >= (9, 0)
-)
+
+def has_wgmma() -> bool:
+    """Whether the GPU has Hopper's tensor cores, or later ones."""
+    return compute_capability() >= (9, 0)
 
 
 def float32_precision() -> str:
@@ -113,7 +112,7 @@ def _tiles(dtype: torch.dtype, precision: str, aligned: bool) -> tuple[Tile, ...
         return _TILES["float32" if precision == "ieee" else "tf32"]
     if not aligned:
         return _TILES["half, unaligned"]
-    return _HOPPER if _HAS_WGMMA else _TILES["half"]
+    return _HOPPER if has_wgmma() else _TILES["half"]
 
 
 def _tile(

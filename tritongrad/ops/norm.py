@@ -119,15 +119,6 @@ def _spelled_layer_norm(
     return input, normalized_shape, weight, bias, eps
 
 
-def _spelled_rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> tuple:
-    return input, normalized_shape, weight, eps
-
-
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 
@@ -196,7 +187,7 @@ def _norm(
     samples: Callable[[Make], Iterator[Sample]],
     schema: str,
     formula: str,
-    spell: Callable[..., tuple],
+    spelling: tuple[Callable[..., Any], Callable[..., tuple]] | None = None,
     differs: str = "",
     variants: Mapping[Callable[..., Any], Bind] | None = None,
 ) -> Op:
@@ -233,7 +224,7 @@ def _norm(
         # Of the CPU's lists it is in none, and rms_norm of CUDA's since torch 2.12.
         autocast={"cuda": "float32"} if _has_kernel(f"aten::{name}", "AutocastCUDA") else {},
         schema=schema,
-        spellings=tuple([(function, spell) for function in (*targets[1:], *(variants or {}))]),
+        spelling=spelling,
         opinfo=(f"nn.functional.{name}",),
         kernels=KERNELS[:1],
         formula=formula,
@@ -293,7 +284,8 @@ OF_STATISTICS = (
 LAYER_NORM = _norm(
     "layer_norm", F.layer_norm,
     variants={torch.layer_norm: _bind_torch_layer_norm},
-    bind=_bind_layer_norm, spell=_spelled_layer_norm, arity=3, samples=_layer_norm_samples,
+    spelling=(torch.layer_norm, _spelled_layer_norm),
+    bind=_bind_layer_norm, arity=3, samples=_layer_norm_samples,
     schema="(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05) -> Tensor",
     formula="dx = r (u - E u - xh E[u xh]), u = g w; dw = sum of g xh; db = sum of g",
@@ -301,7 +293,7 @@ LAYER_NORM = _norm(
 )  # fmt: skip
 RMS_NORM = _norm(
     "rms_norm", F.rms_norm, torch.rms_norm,
-    bind=_bind_rms_norm, spell=_spelled_rms_norm, arity=2, samples=_rms_norm_samples,
+    bind=_bind_rms_norm, arity=2, samples=_rms_norm_samples,
     schema="(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) "
     "-> Tensor",
     formula="dx = r (u - xh E[u xh]), u = g w; dw = sum of g xh",

@@ -103,12 +103,11 @@ def backward_op(row: Row) -> Op:
             )
         if others == needs:
             return found
-        # What is `g` as it is takes no kernel, unless its input was broadcast. A view of it: what
-        # an autograd.Function returns it may not also save.
+        # What is `g` as it is takes no kernel, unless its input was broadcast.
         rest = iter(found if type(found) is tuple else (found,))
         results = tuple(
             [
-                next(rest) if other else sum_to(g.view_as(g), *spec)
+                next(rest) if other else sum_to(g, *spec)
                 for other, need, spec in zip(others, needs, specs, strict=True)
                 if need and spec is not None
             ]

@@ -306,7 +306,7 @@ def _make(
     name: str,
     formulas: Formulas,
     *targets: Callable[..., Any],
-    variants: Callable[[Any], dict[Callable[..., Any], Bind]],
+    functional: Callable[..., Any],
     opinfo: tuple[str, ...],
     formula: str,
 ) -> Op:
@@ -351,13 +351,10 @@ def _make(
         bind=bind,
         forward=forward,
         replaces=targets,
-        variants=variants(read),
+        variants={functional: _functional(read)},
         schema="(Tensor input, int dim, ScalarType? dtype=None) -> Tensor",
         compiles=lambda input, dim, dtype=None: type(dim) is int,
-        spellings=(
-            *[(function, _spelled) for function in targets[1:]],
-            *[(function, _spelled_functional) for function in variants(read)],
-        ),
+        spelling=(functional, _spelled),
         saves=lambda params, needs: (1,),
         specs=operator.attrgetter("specs"),
         rule=rule,
@@ -389,18 +386,12 @@ def _functional(read: Any) -> Bind:
 
 
 def _spelled(
-    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
-) -> tuple | None:
-    return None if dim is None else (input, dim, dtype)
-
-
-def _spelled_functional(
     input: Tensor,
     dim: int | None = None,
     _stacklevel: int = 3,
     dtype: torch.dtype | None = None,
 ) -> tuple | None:
-    return _spelled(input, dim, dtype)
+    return None if dim is None else (input, dim, dtype)
 
 
 def _cost(params: Params, x: Tensor) -> tuple[int, int]:
@@ -426,13 +417,13 @@ def _samples(make: Make) -> Iterator[Sample]:
 
 _make(
     "softmax", SOFTMAX, torch.softmax, torch.special.softmax, T.softmax,
-    variants=lambda read: {F.softmax: _functional(read)},
+    functional=F.softmax,
     opinfo=("softmax", "softmax.with_dtype"),
     formula="dx = out * (g - sum(g * out))",
 )  # fmt: skip
 _make(
     "log_softmax", LOG_SOFTMAX, torch.log_softmax, torch.special.log_softmax, T.log_softmax,
-    variants=lambda read: {F.log_softmax: _functional(read)},
+    functional=F.log_softmax,
     opinfo=("log_softmax", "log_softmax.with_dtype"),
     formula="dx = g - exp(out) * sum(g)",
 )  # fmt: skip
