@@ -81,9 +81,16 @@ def attention(
         keep = F.dropout(ones, dropout_p).to(torch.promote_types(query.dtype, torch.float32))
     # In the inputs' dtype and float32, as the kernels: autocast would round lse.
     device = query.device.type
-    casts = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if casts else nullcontext():
+    with torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext():
         return formulas.value(options, inputs, keep)
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# Asked while it is traced: Dynamo of torch 2.11 does not know what that calls.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------- reading signatures
