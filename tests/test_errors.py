@@ -24,6 +24,7 @@ import tritongrad
 from tritongrad.compare.parity import STAND_INS, seeded
 from tritongrad.dispatch import describe, positional
 from tritongrad.op import OPS, OVERLOADS, TARGETS, Bind
+from tritongrad.reroute import HARMLESS
 from tritongrad.sampling import Sample, clone, tensors
 
 pytestmark = [
@@ -151,7 +152,8 @@ def check(name: str, spoiled: Spoiled) -> bool:
         for taker, b in overloads(func)
     )
     assert str(direct).startswith(heads)
-    if session.fell_back:
+    # What torch's own random numbers ask of a device, some versions of it, is no call.
+    if {reason for _, reason in session.fell_back} - HARMLESS:
         # Python functions of torch's hand on their defaults, too.
         assert str(rerouted).startswith(tuple(f"{taker}(" for taker, _ in overloads(func)))
         assert f": {refusal}" in str(rerouted)
