@@ -66,6 +66,10 @@ def test_checking_and_writing_the_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["ops", "--check", str(file)]) == 0
 
 
+@pytest.mark.skipif(
+    "linear_cross_entropy" not in OPS,
+    reason="torch has no linear_cross_entropy before 2.13, of which README.md has a row",
+)
 def test_the_readme_is_up_to_date() -> None:
     readme = ROOT / "README.md"
     if not readme.exists():
