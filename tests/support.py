@@ -402,6 +402,22 @@ def representatives() -> set[str]:
     return {op.name for op in {_mechanism(op): op for op in reversed(OPS.values())}.values()}
 
 
+def moved(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors, in whatever it nests them, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {name: moved(part, device) for name, part in value.items()}
+    return type(value)(moved(v, device) for v in value) if type(value) in (list, tuple) else value
+
+
+def on_the_cpu(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``function`` gives for the arguments on the CPU, moved to where kernels run: for what
+    torch's kernels for a GPU compute otherwise, or do not survive."""
+    cpu = torch.device("cpu")
+    return moved(function(*moved(args, cpu), **moved(kwargs, cpu)), DEVICE)
+
+
 def floats(value: Any) -> list[Tensor]:
     """The differentiable outputs among the results of a call."""
     return [t for t in flatten(value) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -5,6 +5,7 @@ Derivatives, transforms and layouts by the table are covered by the suites that 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -13,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import DEVICE, Tolerance, assert_same
+from support import DEVICE, Tolerance, assert_same, on_the_cpu
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritongrad
 from tritongrad.launchers import embedding as launchers
+from tritongrad.op import OPS
+from tritongrad.recall import remembering
 from tritongrad.reroute import HARMLESS
 from tritongrad.runtime import INTERPRETED
 
@@ -44,7 +47,7 @@ def rerouted(f: Callable[..., Any], *args: Any) -> Any:
 def with_gradient(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     """Value and gradients for an upstream gradient that is the same for both."""
     value = f(*inputs)
-    g = torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=DEVICE)
+    g = torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device)
     return [value, *torch.autograd.grad(value, inputs, g.view(value.shape))]
 
 
@@ -61,14 +64,24 @@ def test_indices(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for entries in (3, 40):
         for options in ({}, {"padding_idx": 1}, {"padding_idx": -2}, {"scale_grad_by_freq": True}):
             index = indices(*shape, entries=3, dtype=dtype)
-            same(partial(F.embedding, index, **options), table(entries))
-            same(lambda w, index=index: torch.embedding(w, index, 1), table(entries))
+            for f in (partial(F.embedding, **options), lambda i, w: torch.embedding(w, i, 1)):
+                same_of_nothing(f, index, table(entries))
 
 
 def test_no_table() -> None:
     for entries, columns in ((0, 5), (4, 0)):
         index = indices(0 if not entries else 3, entries=4)
-        same(partial(F.embedding, index), table(entries, columns))
+        same_of_nothing(F.embedding, index, table(entries, columns))
+
+
+def same_of_nothing(f: Callable[..., Tensor], index: Tensor, w: Tensor) -> None:
+    """Value and gradient are torch's, whose kernels for a GPU fault on what is empty: those of its
+    CPU."""
+
+    def run(index: Tensor, w: Tensor) -> list[Tensor]:
+        return with_gradient(partial(f, index), w)
+
+    assert_same(rerouted(run, index, w), on_the_cpu(run, index, w))
 
 
 def test_one_entry_that_most_have() -> None:
@@ -178,6 +191,20 @@ def test_max_norm_renormalises_the_table(norm_type: float) -> None:
         with torch.no_grad():
             ours.mul_(3)
             theirs.mul_(3)
+
+
+@pytest.mark.parametrize("name", ["embedding", "embedding_bag"])
+def test_a_call_that_is_remembered_renormalises_too(name: str) -> None:
+    """As on a GPU, where indices are not looked at: the table's new numbers must not be passed by,
+    and the session must say so again."""
+    bind = remembering(inspect.unwrap(OPS[name].bind), None)
+    index = indices(2, 3)
+    for _ in range(3):
+        w = torch.full((6, 5), 2.0, device=DEVICE)
+        with tritongrad.use() as session:
+            bind(index, w, max_norm=0.5)
+        assert_same(w[index].norm(dim=-1), torch.full_like(w[:2, :3], 0.5))
+        assert session.fell_back["torch.embedding_renorm_", "max_norm, in place"] == 1
 
 
 def test_sparse_is_torchs() -> None:

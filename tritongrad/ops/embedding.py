@@ -79,13 +79,13 @@ AMBIENT = object if INTERPRETED else None
 
 
 def renormalise(weight: Tensor, index: Tensor, max_norm: Any, norm_type: Any) -> Tensor:
-    """Do to the table, in place, what torch does before a lookup. Returns the indices as a view, so
-    that ``recall`` reads the next call too."""
+    """Do to the table, in place, what torch does before a lookup. Returns a copy of the indices, so
+    that ``recall`` reads the next call too: a view it would make anew, and not touch the table."""
     with torch.no_grad():
         torch.embedding_renorm_(weight.detach(), index.contiguous(), max_norm, norm_type)
     if local.session is not None:
         local.session._count_fall_back("torch.embedding_renorm_", "max_norm, in place")
-    return index.view_as(index)
+    return index.clone()
 
 
 def padding_entry(padding: Any, entries: int) -> int:
