@@ -17,7 +17,7 @@ import tritongrad
 import tritongrad as tg
 from tritongrad.namespace import public
 from tritongrad.op import OPS, TARGETS, register
-from tritongrad.reroute import HARMLESS
+from tritongrad.reroute import HARMLESS, NO_FLOATS
 from tritongrad.sampling import Random
 
 
@@ -75,7 +75,7 @@ LEFT_TO_TORCH: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "in-place operator": (lambda x: x.detach().__imul__(2), "in-place"),
     "out=": (lambda x: torch.mul(x.detach(), 2, out=torch.empty_like(x)), "another overload"),
     "complex": (lambda x: torch.exp(torch.complex(x, x)), "complex"),
-    "integer": (lambda x: torch.arange(3, device=DEVICE) * 2, "integer"),
+    "integer": (lambda x: torch.arange(3, device=DEVICE) * 2, NO_FLOATS),
     "no op": (lambda x: torch.erfinv(x / 4), "no kernel"),
     "sparse": (lambda x: torch.neg(x.detach().to_sparse()), "sparse"),
     "meta": (lambda x: torch.exp(x.to("meta")), "meta"),
@@ -95,6 +95,16 @@ def test_what_torch_runs_is_right_and_reported(case: str) -> None:
         assert isinstance(actual, Tensor)
         assert isinstance(expected, Tensor)
         torch.testing.assert_close(actual.to_dense(), expected.to_dense(), equal_nan=True)
+
+
+def test_integers_are_no_arithmetic_on_whatever_device() -> None:
+    """As torch.func counts on the CPU of what is on a GPU, by functions that are ops."""
+    for device in ("cpu", "meta"):
+        with tritongrad.use() as session:
+            torch.ones(2, dtype=torch.int64, device=device).cumsum(0).neg()
+        assert session.fell_back["torch.Tensor.cumsum", NO_FLOATS] == 1
+        assert not session.ran
+        assert not arithmetic_on_torch(session)
 
 
 class Tagged(Tensor):

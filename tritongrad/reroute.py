@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import library
-from .dispatch import dispatch, other_overload, torch_name
+from .dispatch import NO_FLOATS, dispatch, has_float, other_overload, torch_name
 from .op import OPS, OVERLOADS, TARGETS, Op, select
 from .policy import Policy, choose
 from .runtime import Session, local
 
 MOVES = "moves data, no arithmetic"
 CREATES = "creates a tensor"
-NO_FLOATS = "result is not floating-point"
 
 OPERATOR = "an operator of torch.ops, as compiled code calls them"
 
@@ -49,12 +48,6 @@ _MOVING = frozenset(  # a paragraph reads better than a hundred quoted words
 )
 
 
-def _has_float(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.is_floating_point() or value.is_complex()
-    return isinstance(value, (tuple, list)) and any(map(_has_float, value))
-
-
 def _has_tensor(value: Any) -> bool:
     if isinstance(value, Tensor):
         return True
@@ -72,7 +65,7 @@ def why_not(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> str:
         return "in-place"
     if name.startswith("__i") and name.removeprefix("__i") in _INPLACE_OPERATORS:
         return "in-place"
-    if not _has_float(result):
+    if not has_float(result):
         return NO_FLOATS
     if not any(map(_has_tensor, args)) and not any(map(_has_tensor, kwargs.values())):
         return CREATES
