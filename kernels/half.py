@@ -7,7 +7,9 @@ library's, to an ulp of float32, are two to four times as long, and longer than 
 Each is one or two of the hardware's approximations, and where these lose digits a polynomial p that
 minimises max |p - f| / |f| for the function f over an interval (reweighted least squares, in 40
 digits). The approximations flush what is subnormal: results that can be are scaled afterwards, by a
-power of 2. math.py decides who calls these; tests/test_accuracy.py has all numbers of both dtypes.
+power of 2. So an exponential is 0 only below 2**-134; a product with one (silu, mish, gradients of
+gelu) then is 0 where in bfloat16 it is less than 2**-126, and subnormal. math.py decides who calls
+these; tests/test_accuracy.py has all numbers of both dtypes.
 """
 
 import triton

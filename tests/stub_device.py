@@ -1,5 +1,5 @@
-"""A device for the harness of ``compare bench`` where there is no GPU: torch's CPU, and a clock of
-its own; and rows that were measured nowhere.
+"""A device for the harness of ``compare bench``: where our kernels run, without a GPU torch's CPU,
+with a clock of its own; and rows that were measured nowhere.
 
 Run as a program it is a worker of ``compare bench`` on this device, with small sizes.
 """
@@ -19,6 +19,7 @@ import torch
 from tritongrad.compare import peers, worker
 from tritongrad.compare.results import Environment, Log, Moment, Row
 from tritongrad.compare.workloads import Size
+from tritongrad.runtime import INTERPRETED
 
 ABOUT = Environment(
     gpu="Stub 9000", driver="1.2", cuda="13.0", torch="2.13", triton="3.7", tritongrad="0.1",
@@ -59,7 +60,7 @@ class Stub:
     microsecond."""
 
     name = "Stub 9000"
-    torch_device = torch.device("cpu")
+    torch_device = torch.device("cpu" if INTERPRETED else "cuda")
     cache = 64
 
     def __init__(self, tick: float = 5.0) -> None:

@@ -298,6 +298,10 @@ ROUNDING = 0.51
 CANCELS = {"gelu_bwd": 0.6, "gelu_tanh_bwd": 0.6, "mish_bwd": 0.6}
 """Limits of gradients next to where they are 0."""
 
+if not INTERPRETED:
+    # A GPU's own exp2 is off by 2 units of float32, and these are differences of its results.
+    CANCELS |= {"gelu_bwd": 0.75, "silu_bwd": 0.6}
+
 
 def of_variants(suffix: str) -> set[str]:
     return {
@@ -313,10 +317,13 @@ def all_numbers(dtype: torch.dtype) -> Tensor:
 
 
 def assert_rounded(found: Tensor, exact: Tensor, at: tuple[Tensor, ...], limit: float) -> None:
-    """That a half precision result is what float64 is rounded to, or almost."""
+    """That a half precision result is what float64 is rounded to, or almost. Compiled, one that is
+    no normal number of float32, in which it is computed, may be 0: a GPU's exp2 makes none."""
     expected = exact.to(found.dtype)
     finite = expected.isfinite() & found.isfinite()
     same = (found == expected) | (found.isnan() & expected.isnan())
+    if not INTERPRETED:
+        same |= (found == 0) & (exact.abs() < torch.finfo(torch.float32).smallest_normal)
     precision = torch.finfo(found.dtype)
     size = exact.abs().clamp(min=precision.smallest_normal)
     unit = precision.eps * torch.exp2(torch.floor(torch.log2(size)))
@@ -405,8 +412,9 @@ def test_division_by_a_constant(by: int, first: int, step: int, count: int) -> N
     found = torch.empty(count, device=DEVICE)
     with numpy.errstate(all="ignore"):
         quotients[(count // block,)](found, first, step, BY=by, BLOCK=block)
-    bits = first + step * torch.arange(count, device=DEVICE)
-    expected = bits.to(torch.int32).view(torch.float32) / by
+    bits = first + step * torch.arange(count)
+    # On the CPU: torch divides by a number on a GPU by multiplying with its reciprocal.
+    expected = (bits.to(torch.int32).view(torch.float32) / by).to(DEVICE)
     same = (found.view(torch.int32) == expected.view(torch.int32)) | (found != found)
     assert bool(same.all())
     assert torch.equal(found.isnan(), expected.isnan())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -125,14 +126,16 @@ def test_cross_entropy(scenario: Callable[[Loss], Any]) -> None:
     assert_same(scenario(OPS["cross_entropy"]), scenario(F.cross_entropy))
 
 
-REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...]]] = {
+REFUSED: dict[str, tuple[type[Exception], str | None, tuple[Any, ...]]] = {
     "label too large": (IndexError, "Target 5 is out of bounds", (torch.tensor([0, 5, 1]),)),
     "label negative": (IndexError, "Target -1 is out of bounds", (torch.tensor([0, -1, 1]),)),
     "too few labels": (ValueError, "batch_size", (torch.tensor([0, 1]),)),
     "short weight": (RuntimeError, "all 5 classes", (torch.tensor([0, 1, 2]), torch.ones(4))),
-    "float labels": (RuntimeError, "target dtype", (torch.tensor([0.0, 1.0, 2.0]),)),
-    "int32 labels": (RuntimeError, "target dtype", (torch.tensor([0, 1, 2]).int(),)),
+    "float labels": (RuntimeError, None, (torch.tensor([0.0, 1.0, 2.0]),)),
+    "int32 labels": (RuntimeError, None, (torch.tensor([0, 1, 2]).int(),)),
 }
+"""Exception, a part of its message where torch's is the same on every device, and what follows the
+logits."""
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
@@ -143,7 +146,9 @@ def test_refused_as_torch_refuses(case: str, name: str) -> None:
     if error is IndexError and DEVICE.type == "cuda":
         pytest.skip("torch's kernel traps there, and the process with it")
     x = logits(3, 5, dtype=torch.float32)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as native:
+        OPS[name].replaces[0](x, *rest)
+    with pytest.raises(type(native.value), match=re.escape(str(native.value))):
         OPS[name](x, *rest)
 
 

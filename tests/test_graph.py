@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import DEVICE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -160,7 +161,7 @@ def test_control_flow_leaves_the_branch_taken() -> None:
 
 
 def test_real_op(x: Tensor) -> None:
-    op = OPS["mul"]
+    op, x = OPS["mul"], x.detach().to(DEVICE).requires_grad_()
     node = graph(op(x, x)).nodes[1]
     assert (node.kind, node.name) == (Kind.TRITON, "mul")
     assert node.rule == op.formula
@@ -280,7 +281,7 @@ def test_function_of_the_user(x: Tensor) -> None:
 
 
 def test_under_transforms_that_have_ended(x: Tensor) -> None:
-    mul_op = OPS["mul"]
+    mul_op, x = OPS["mul"], x.detach().to(DEVICE).requires_grad_()
     g = torch.func.grad(lambda t: mul_op(mul_op(t, t), t).sum())(x)
     assert "mul_backward" in operations(graph(g))
     assert "mul" in operations(graph(torch.func.vmap(lambda t: mul_op(t, t))(x)))

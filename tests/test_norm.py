@@ -11,15 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scenarios import gradients, launches, linked
-from support import DEVICE, assert_same
+from support import DEVICE, Tolerance, assert_same
 from torch import Tensor
 
 import tritongrad
 from tritongrad.nn import functional as TF
+from tritongrad.runtime import INTERPRETED
 from tritongrad.sampling import Random
 
 
-def both(function: Callable[..., Any], *inputs: Tensor, what: str = "") -> None:
+def both(
+    function: Callable[..., Any],
+    *inputs: Tensor,
+    what: str = "",
+    tolerance: Tolerance | None = None,
+) -> None:
     """Value and gradients are torch's, and nothing that computes ran on torch."""
     found = []
     for context in (tritongrad.use(), torch.enable_grad()):
@@ -33,7 +39,7 @@ def both(function: Callable[..., Any], *inputs: Tensor, what: str = "") -> None:
         value = function(*wide)
         return value, gradients(linked(value), wide)
 
-    assert_same(*found, what, exact=exact)
+    assert_same(*found, what, exact=exact, tolerance=tolerance)
 
 
 SHAPES = {
@@ -52,10 +58,15 @@ def test_residual(case: str) -> None:
     shape, row = SHAPES[case]
     make = Random(torch.float32, DEVICE)
     h, w, b = make(*shape), make(*row), make(*row)
-    both(lambda h, w, b: F.layer_norm(h, row, w, b) + h, h, w, b, what=case)
+    tolerance = None
+    if case == "one column" and not INTERPRETED:
+        # The slope is (g * w - its mean) * eps ** -0.5, and the first product is fused with the
+        # subtraction: what is left of it is its rounding, of numbers below 4.
+        tolerance = Tolerance(1.3e-6, 4 * 2**-24 * 1e-5**-0.5)
+    both(lambda h, w, b: F.layer_norm(h, row, w, b) + h, h, w, b, what=case, tolerance=tolerance)
     if case == "65537 columns":  # at some seconds each, in the interpreter
         return
-    both(lambda h, w: F.layer_norm(h, row, w) + h, h, w, what=case)
+    both(lambda h, w: F.layer_norm(h, row, w) + h, h, w, what=case, tolerance=tolerance)
     both(lambda h, b: F.layer_norm(h, row, None, b) + h, h, b, what=case)
     both(lambda h: F.layer_norm(h, row) + h, h, what=case)
     both(lambda h, w: F.rms_norm(h, row, w) + h, h, w, what=case)
@@ -228,13 +239,21 @@ def test_running_statistics_count_as_written() -> None:
 def test_running_statistics_in_one_place_are_torchs() -> None:
     """One number for all channels, which each of them would write."""
     x, found = Random(torch.float32, DEVICE)(4, 3, 5), []
-    for context in (tritongrad.use(), torch.enable_grad()):
+    for context in (torch.enable_grad(), tritongrad.use()):
         mean = torch.zeros(1, device=DEVICE).expand(3)
         with context as session:
-            y = F.batch_norm(x, mean, torch.ones(3, device=DEVICE), training=True)
-        found.append((y, mean))
+            try:
+                y = F.batch_norm(x, mean, torch.ones(3, device=DEVICE), training=True)
+            except RuntimeError as refusal:  # on a GPU
+                found.append(str(refusal))
+            else:
+                found.append((y, mean))
         assert session is None or not session.ran
-    assert_same(*found)
+    theirs, ours = found
+    if isinstance(theirs, str):
+        assert ours.endswith(theirs)
+    else:
+        assert_same(ours, theirs)
 
 
 def test_running_statistics_under_a_transform_are_torchs() -> None:
