@@ -28,7 +28,7 @@ from tritongrad.op import OPS, Op
 from . import cold, peers, timing, workloads
 from .phases import PHASES
 from .results import STATUSES, Log, Row, environment, read
-from .tasks import Task, crashed, remaining
+from .tasks import DTYPES, Task, crashed, remaining
 from .terminal import add_json_option, choose, make_console, plural, write_json
 from .worker import GRACE, Gone, Worker, compile_ahead, serve
 
@@ -81,6 +81,14 @@ SUITES = {
     ),
 }  # fmt: skip
 
+INSTEAD: dict[str, tuple[str, Sequence[str]]] = {
+    "size": ("sizes", (*workloads.SIZES, *workloads.ROWS)),
+    "dtype": ("dtypes", tuple(DTYPES)),
+    "phase": ("phases", PHASES),
+    "beside": ("implementations", (*TORCH, *peers.PEERS)),
+}
+"""Option -> the field of the suite that it gives, and what it may be."""
+
 NO_GPU = """\
 {command} needs a GPU, and {why}. Without one:
   python -m compare           correctness of every op, in Triton's interpreter
@@ -90,9 +98,17 @@ On a machine with a GPU: python -m compare bench --suite quick; then python -m c
 or all of it, tests first: python -m compare gpu"""
 
 
-def plan(suite: str, names: Sequence[str], sizes: dict[str, workloads.Size]) -> Iterator[Task]:
-    """The tasks of a suite for these ops, in the order in which they are done."""
-    about = SUITES[suite]
+def plan(
+    suite: str,
+    names: Sequence[str],
+    sizes: dict[str, workloads.Size],
+    instead: dict[str, Any] | None = None,
+) -> Iterator[Task]:
+    """The tasks of a suite for these ops, in the order in which they are done. ``instead`` are
+    fields of the suite to be others, of which sizes are then all there are."""
+    about = replace(SUITES[suite], **(instead or {}))
+    if instead and "sizes" in instead:
+        about = replace(about, rows=False)
     # Where the budget may not be enough, each op at its first size before any at its second;
     # else all of one op together, whose kernels are compiled once.
     order: Iterator[tuple[str, str]] = (
@@ -261,6 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--part", type=part_of, default=(1, 1), metavar="I/N", help="one of N parts"
     )
     parser.add_argument("--budget", type=float, help="seconds after which no op is begun")
+    for option, (name, choices) in INSTEAD.items():
+        told = f"{name}, not the suite's, among {', '.join(choices)}"
+        parser.add_argument(
+            f"--{option}", action="append", choices=choices, metavar=option.upper(), help=told
+        )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     add_json_option(parser)
     options = parser.parse_args(arguments)
@@ -281,7 +302,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = environment(torch.cuda.get_device_name(), command)
     budget = SUITES[options.suite].budget if options.budget is None else options.budget
     start = time.monotonic()
-    planned = list(plan(options.suite, names, workloads.SIZES | workloads.ROWS))
+    given = vars(options)
+    instead = {name: tuple(given[o]) for o, (name, _) in INSTEAD.items() if given[o]}
+    if "implementations" in instead:
+        instead["implementations"] = (peers.OURS, *instead["implementations"])
+    planned = list(plan(options.suite, names, workloads.SIZES | workloads.ROWS, instead))
     with contextlib.closing(Worker(WORKER)) as worker:
         work = Run(options.suite, planned, worker, Log.open(about), console, budget)
         if options.suite == "cold":

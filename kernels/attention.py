@@ -267,9 +267,12 @@ def number_of(operand, batch, head, batch_shape, ACC: tl.constexpr):
 
 
 @triton.jit
-def vector(ptr, matrix, i, L):
-    """Rows' numbers of one matrix, which lie dense; 0 past the end."""
-    return tl.load(ptr + matrix * L + i, mask=i < L, other=0)
+def vector(ptr, matrix, i, L, INSIDE: tl.constexpr = False):
+    """Rows' numbers of one matrix, which lie dense; 0 past the end, which no row is if INSIDE."""
+    if INSIDE:
+        return tl.load(ptr + matrix * L + i)
+    else:
+        return tl.load(ptr + matrix * L + i, mask=i < L, other=0)
 
 
 @triton.jit

@@ -147,9 +147,20 @@ def attention_bwd_q(
 
 
 @triton.jit
+def member(turn, count, key_head, group, SHARED: tl.constexpr):
+    """Of a loop over all heads that share one of keys, `count` steps of each: whose step it is, and
+    which. In one loop what is loaded ahead is the next head's, too, and held in fewer registers."""
+    if SHARED:
+        return key_head * group + turn // count, turn % count
+    else:
+        return key_head, turn
+
+
+@triton.jit
 def attention_bwd_kv(
     dk, dv, g, q, k, v, rows, extras, about,
     PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Blocks of pairs are keys by queries here: what multiplies gradients and queries needs no
@@ -175,48 +186,47 @@ def attention_bwd_kv(
     first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_N, BLOCK_M)
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dvalues = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-    for member in range(0, group):
-        head = key_head * group + member
-        matrix = (batch * heads + head).to(tl.int64)
-        queries_of = head_of(q, batch, head, batch_shape)
-        grads_of = head_of(g, batch, head, batch_shape)
-        mask_here = head_if(mask, batch, head, batch_shape)
-        slope = number_of(slopes, batch, head, batch_shape, ACC)
-        for edges in tl.static_range(2):
-            count = end - first - (inner_end - inner) if edges else inner_end - inner
-            for step in range(0, count):
-                block = inner + step
-                if edges:
-                    block = tl.where(
-                        first + step < inner, first + step, inner_end + step - inner + first
-                    )
-                i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-                ENDS = L if edges else None
-                queries = tile(queries_of, i, c, ENDS, D)
-                grads = tile(grads_of, i, cv, ENDS, DV)
-                inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
-                s, steep, _ = scores(
-                    product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
-                    i[None, :], j[:, None], at[:, None] - i[None, :],
-                    mask_here, slope, scale, softcap, inside, UNSCALED,
-                )  # fmt: skip
-                shift = vector(shift_ptr, matrix, i, L)[None, :]
-                p = power(exponent(s, scale, FAST, UNSCALED) - shift, FAST)
-                if edges:
-                    p = tl.where(paired(i[None, :], lo[:, None], hi[:, None], sides), p, 0)
+    for edges in tl.static_range(2):
+        count = end - first - (inner_end - inner) if edges else inner_end - inner
+        for turn in range(0, count * group if SHARED else count):
+            head, step = member(turn, count, key_head, group, SHARED)
+            matrix = (batch * heads + head).to(tl.int64)
+            queries_of = head_of(q, batch, head, batch_shape)
+            grads_of = head_of(g, batch, head, batch_shape)
+            mask_here = head_if(mask, batch, head, batch_shape)
+            slope = number_of(slopes, batch, head, batch_shape, ACC)
+            block = inner + step
+            if edges:
+                block = tl.where(
+                    first + step < inner, first + step, inner_end + step - inner + first
+                )
+            i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+            ENDS = L if edges else None
+            queries = tile(queries_of, i, c, ENDS, D)
+            grads = tile(grads_of, i, cv, ENDS, DV)
+            inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
+            s, steep, _ = scores(
+                product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
+                i[None, :], j[:, None], at[:, None] - i[None, :],
+                mask_here, slope, scale, softcap, inside, UNSCALED,
+            )  # fmt: skip
+            shift = vector(shift_ptr, matrix, i, L, not edges)[None, :]
+            p = power(exponent(s, scale, FAST, UNSCALED) - shift, FAST)
+            if edges:
+                p = tl.where(paired(i[None, :], lo[:, None], hi[:, None], sides), p, 0)
+            if seed_ptr is not None:
+                keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
+            if dv is not None:
+                dropped = p
                 if seed_ptr is not None:
-                    keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
-                if dv is not None:
-                    dropped = p
-                    if seed_ptr is not None:
-                        dropped *= keep
-                    dvalues = dot(dropped.to(grads.dtype), grads, dvalues, PRECISION)
-                if dk is not None:
-                    e = product(again(values, v, j, cv, S, DV, LEAN), grads, PRECISION)
-                    if seed_ptr is not None:
-                        e *= keep
-                    r = p * (e - vector(delta_ptr, matrix, i, L)[None, :]) * steep
-                    dkeys = dot(r.to(queries.dtype), queries, dkeys, PRECISION)
+                    dropped *= keep
+                dvalues = dot(dropped.to(grads.dtype), grads, dvalues, PRECISION)
+            if dk is not None:
+                e = product(again(values, v, j, cv, S, DV, LEAN), grads, PRECISION)
+                if seed_ptr is not None:
+                    e *= keep
+                r = p * (e - vector(delta_ptr, matrix, i, L, not edges)[None, :]) * steep
+                dkeys = dot(r.to(queries.dtype), queries, dkeys, PRECISION)
     if dk is not None:
         put(head_of(dk, batch, key_head, batch_shape), dkeys * scalar(scale, ACC), j, c, S, D)
     if dv is not None:

@@ -25,6 +25,7 @@ from .attention import (
     vector,
     walk,
 )
+from .attention_backward import member
 from .pointwise import scalar
 
 
@@ -142,9 +143,11 @@ def attention_jvp_bwd_q(
 def attention_jvp_bwd_kv(
     dk, dv, g, q, k, v, tangents, rows, extras, about,
     PRECISION: tl.constexpr, FAST: tl.constexpr, UNSCALED: tl.constexpr, WIDE: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of pairs are keys by queries, as in `attention_bwd_kv`."""
+    """Blocks of pairs are keys by queries, as in `attention_bwd_kv`. What is not wanted of dk and
+    dv is None."""
     tq, tk, tv, tmask, _, tslopes = tangents
     shift_ptr, delta_ptr, mu_ptr, omega_ptr = rows
     mask, slopes, seed_ptr, segments = extras[0], extras[1], extras[3], extras[4]
@@ -158,12 +161,14 @@ def attention_jvp_bwd_kv(
     j = start + tl.arange(0, BLOCK_N)
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k, v = head_of(k, batch, key_head, batch_shape), head_of(v, batch, key_head, batch_shape)
-    keys, values = tile(k, j, c, S, D), tile(v, j, cv, S, DV)
+    keys = tile(k, j, c, S, D)
+    if dk is not None:
+        values = tile(v, j, cv, S, DV)
     LEAN: tl.constexpr = not FAST and BLOCK_D > 64
     if tk is not None:
         tk = head_of(tk, batch, key_head, batch_shape)
         tkeys = tile(tk, j, c, S, D)
-    if tv is not None:
+    if tv is not None and dk is not None:
         tv = head_of(tv, batch, key_head, batch_shape)
         tvalues = tile(tv, j, cv, S, DV)
     ACC: tl.constexpr = shift_ptr.dtype.element_ty
@@ -173,61 +178,64 @@ def attention_jvp_bwd_kv(
     first, inner, inner_end, end = walk(start, lo, hi, sides, BLOCK_N, BLOCK_M)
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dvalues = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-    for member in range(0, group):
-        head = key_head * group + member
-        matrix = (batch * heads + head).to(tl.int64)
-        queries_of = head_of(q, batch, head, batch_shape)
-        tqueries_of = head_if(tq, batch, head, batch_shape)
-        grads_of = head_of(g, batch, head, batch_shape)
-        mask_here = head_if(mask, batch, head, batch_shape)
-        tmask_here = head_if(tmask, batch, head, batch_shape)
-        slope = number_of(slopes, batch, head, batch_shape, ACC)
-        tslope = number_of(tslopes, batch, head, batch_shape, ACC)
-        for edges in tl.static_range(2):
-            count = end - first - (inner_end - inner) if edges else inner_end - inner
-            for step in range(0, count):
-                block = inner + step
-                if edges:
-                    block = tl.where(
-                        first + step < inner, first + step, inner_end + step - inner + first
-                    )
-                i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-                ENDS = L if edges else None
-                queries = tile(queries_of, i, c, ENDS, D)
-                grads = tile(grads_of, i, cv, ENDS, DV)
-                inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
-                s, steep, bent = scores(
-                    product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
-                    i[None, :], j[:, None], at[:, None] - i[None, :],
-                    mask_here, slope, scale, softcap, inside, UNSCALED,
-                )  # fmt: skip
-                shift = vector(shift_ptr, matrix, i, L)[None, :]
-                p = power(exponent(s, scale, FAST, UNSCALED) - shift, FAST)
-                if edges:
-                    p = tl.where(paired(i[None, :], lo[:, None], hi[:, None], sides), p, 0)
-                y = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-                if tq is not None:
-                    tqueries = tile(tqueries_of, i, c, ENDS, D)
-                    held = again(keys, k, j, c, S, D, LEAN)
-                    y = dot(held, tl.trans(tqueries), y, PRECISION)
-                if tk is not None:
-                    held = again(tkeys, tk, j, c, S, D, LEAN)
-                    y = dot(held, tl.trans(queries), y, PRECISION)
-                y *= scalar(scale, ACC)
-                x = y * steep - vector(mu_ptr, matrix, i, L)[None, :]
-                if tmask is not None:
-                    x += addend(tmask_here, i[None, :], j[:, None], inside).to(ACC)
-                if tslopes is not None:
-                    x -= tslope * tl.abs(at[:, None] - i[None, :]).to(ACC)
-                e = product(again(values, v, j, cv, S, DV, LEAN), grads, PRECISION)
+    for edges in tl.static_range(2):
+        count = end - first - (inner_end - inner) if edges else inner_end - inner
+        for turn in range(0, count * group if SHARED else count):
+            head, step = member(turn, count, key_head, group, SHARED)
+            matrix = (batch * heads + head).to(tl.int64)
+            queries_of = head_of(q, batch, head, batch_shape)
+            tqueries_of = head_if(tq, batch, head, batch_shape)
+            grads_of = head_of(g, batch, head, batch_shape)
+            mask_here = head_if(mask, batch, head, batch_shape)
+            tmask_here = head_if(tmask, batch, head, batch_shape)
+            slope = number_of(slopes, batch, head, batch_shape, ACC)
+            tslope = number_of(tslopes, batch, head, batch_shape, ACC)
+            block = inner + step
+            if edges:
+                block = tl.where(
+                    first + step < inner, first + step, inner_end + step - inner + first
+                )
+            i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+            ENDS = L if edges else None
+            queries = tile(queries_of, i, c, ENDS, D)
+            grads = tile(grads_of, i, cv, ENDS, DV)
+            inside = ((j < S)[:, None] & (i < L)[None, :]) if edges else None
+            s, steep, bent = scores(
+                product(again(keys, k, j, c, S, D, LEAN), queries, PRECISION),
+                i[None, :], j[:, None], at[:, None] - i[None, :],
+                mask_here, slope, scale, softcap, inside, UNSCALED,
+            )  # fmt: skip
+            shift = vector(shift_ptr, matrix, i, L, not edges)[None, :]
+            p = power(exponent(s, scale, FAST, UNSCALED) - shift, FAST)
+            if edges:
+                p = tl.where(paired(i[None, :], lo[:, None], hi[:, None], sides), p, 0)
+            y = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+            if tq is not None:
+                tqueries = tile(tqueries_of, i, c, ENDS, D)
+                held = again(keys, k, j, c, S, D, LEAN)
+                y = dot(held, tl.trans(tqueries), y, PRECISION)
+            if tk is not None:
+                held = again(tkeys, tk, j, c, S, D, LEAN)
+                y = dot(held, tl.trans(queries), y, PRECISION)
+            y *= scalar(scale, ACC)
+            x = y * steep - vector(mu_ptr, matrix, i, L, not edges)[None, :]
+            if tmask is not None:
+                x += addend(tmask_here, i[None, :], j[:, None], inside).to(ACC)
+            if tslopes is not None:
+                x -= tslope * tl.abs(at[:, None] - i[None, :]).to(ACC)
+            if seed_ptr is not None:
+                keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
+            if dv is not None:
                 px = p * x
                 if seed_ptr is not None:
-                    keep = kept(seed_ptr, dropout, matrix, i[None, :], j[:, None], ACC)
-                    e *= keep
                     px *= keep
                 dvalues = dot(px.to(grads.dtype), grads, dvalues, PRECISION)
-                e -= vector(delta_ptr, matrix, i, L)[None, :]
-                w = x * e - vector(omega_ptr, matrix, i, L)[None, :]
+            if dk is not None:
+                e = product(again(values, v, j, cv, S, DV, LEAN), grads, PRECISION)
+                if seed_ptr is not None:
+                    e *= keep
+                e -= vector(delta_ptr, matrix, i, L, not edges)[None, :]
+                w = x * e - vector(omega_ptr, matrix, i, L, not edges)[None, :]
                 if tv is not None:
                     f = product(again(tvalues, tv, j, cv, S, DV, LEAN), grads, PRECISION)
                     if seed_ptr is not None:
@@ -240,5 +248,7 @@ def attention_jvp_bwd_kv(
                 dkeys = dot(dz.to(queries.dtype), queries, dkeys, PRECISION)
                 if tq is not None:
                     dkeys = dot((r * steep).to(tqueries.dtype), tqueries, dkeys, PRECISION)
-    put(head_of(dk, batch, key_head, batch_shape), dkeys * scalar(scale, ACC), j, c, S, D)
-    put(head_of(dv, batch, key_head, batch_shape), dvalues, j, cv, S, DV)
+    if dk is not None:
+        put(head_of(dk, batch, key_head, batch_shape), dkeys * scalar(scale, ACC), j, c, S, D)
+    if dv is not None:
+        put(head_of(dv, batch, key_head, batch_shape), dvalues, j, cv, S, DV)

@@ -380,6 +380,13 @@ def test_suites_have_every_op() -> None:
     assert full["exp"] == full["mm"] == 3 * len(workloads.SIZES)
     assert full["softmax"] == 3 * (len(workloads.SIZES) + len(workloads.ROWS))
     assert all(task.phases == phases.PHASES for task in bench.plan("full", few, sizes))
+    some = {"sizes": ("2^24",), "phases": ("second",)}
+    some["implementations"] = (peers.OURS, "SDPA math")
+    for op, count in (("softmax", 1), ("scaled_dot_product_attention", 2)):
+        (task, *others) = bench.plan("full", [op], sizes, some)
+        assert {(t.case, t.phases) for t in (task, *others)} == {("2^24", ("second",))}
+        assert len({t.dtype for t in (task, *others)}) == 1 + len(others) == 3
+        assert len(task.implementations) == count
     for suite, about in bench.SUITES.items():
         assert about.budget + bench.GRACE < (240 if suite in ("quick", "host") else 540)
 

@@ -87,10 +87,10 @@ _Rows = tuple[tuple[int, int, int, int], ...]
 
 # Kernel set -> size class of the head -> blocks, for half precision. A program of queries keeps its
 # accumulators (m by head dimension) and one block of pairs for each quantity that the formula has
-# in registers, and `stages` copies of what it walks along in shared memory (227 KiB on sm_90).
+# in registers, and `stages` copies of what it walks along in shared memory.
 _HALF: dict[str, _Rows] = {
     # kernel set: m, n, warps, stages for heads up to 64, 128 and 256
-    "forward": ((128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
     "jvp": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
     "backward_q": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     "backward_kv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
@@ -98,13 +98,37 @@ _HALF: dict[str, _Rows] = {
     "second_kv": ((32, 64, 4, 2), (32, 128, 8, 1), (16, 64, 4, 1)),
     "mask": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
 }
-# On sm_90, whose products read operands from shared memory, and where scores are those and nothing
-# else, registers are left for twice as many at a time: half the steps, each of which scales
-# accumulators and waits for all warps, and wgmma of twice as many columns reads less shared memory
-# for as many products.
-_PLAIN: dict[str, _Rows] = {
-    "forward": ((128, 64, 4, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
-    "backward_kv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
+# The fastest of those measured on an H200, causal or not, of 4096 queries and keys in bfloat16. A
+# group of four warps multiplies 64 rows at a time there (wgmma), so that eight warps need 128: with
+# fewer they took two to four times as long. What is loaded two steps ahead (three stages) hides
+# behind the products wherever 227 KiB of shared memory have room for it. Up to 128, nothing spills
+# in the first three sets; where that costs time, the next best.
+_HOPPER: dict[str, _Rows] = {
+    "forward": ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3)),
+    "jvp": ((64, 64, 4, 3), (128, 32, 8, 3), (128, 32, 8, 1)),
+    "backward_q": ((64, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    "backward_kv": ((64, 64, 4, 3), (32, 128, 8, 3), (32, 128, 8, 2)),
+    "second_q": ((64, 64, 4, 2), (64, 32, 4, 2), (128, 16, 8, 1)),
+    "second_kv": ((32, 64, 4, 3), (32, 128, 8, 2), (16, 64, 4, 2)),
+    "mask": ((128, 32, 8, 1), (128, 32, 8, 1), (32, 32, 4, 1)),
+}
+# What else holds, and the blocks it calls for instead.
+_CASES: dict[str, dict[str, _Rows]] = {
+    # Scores are products and nothing else, which leaves registers for more pairs at a time.
+    "plain": {
+        "backward_kv": ((64, 64, 4, 3), (64, 128, 8, 2), (32, 128, 8, 2)),
+        "second_kv": ((64, 64, 4, 2), (32, 128, 8, 2), (16, 64, 4, 2)),
+    },
+    # Pairs are dropped: random numbers take registers.
+    "random": {
+        "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+        "jvp": ((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 1)),
+        "backward_q": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+        "backward_kv": ((64, 128, 8, 3), (32, 128, 8, 3), (32, 128, 8, 2)),
+        "second_q": ((64, 32, 4, 2), (64, 32, 4, 2), (128, 16, 8, 1)),
+    },
+    # Heads end within a block: so do the masks of what is loaded.
+    "ends": {"jvp": ((128, 32, 8, 3), (128, 32, 8, 3), (128, 32, 8, 1))},
 }
 # No tensor core multiplies float32 exactly, and registers hold half or a quarter as many: blocks of
 # 16 by 16, or 32 by 32 where nothing spills, and twice the warps where four spill more, counted on
@@ -137,12 +161,19 @@ FILL = 128
 
 
 def blocks(
-    kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int], many: int, plain: bool
+    kind: str,
+    dtype: torch.dtype,
+    size: int,
+    lengths: tuple[int, int],
+    many: int,
+    case: str | None = None,
 ) -> Blocks:
-    """Blocks for heads of ``size``, ``lengths`` of queries and keys, and ``many`` heads in all;
-    ``plain``: scores are products and nothing else."""
-    table = {torch.float64: _FLOAT64, torch.float32: _FLOAT32}.get(dtype, _HALF)
-    rows = _PLAIN.get(kind, table[kind]) if plain and has_wgmma() else table[kind]
+    """Blocks for heads of ``size``, ``lengths`` of queries and keys, and ``many`` heads in all, in
+    one of ``_CASES``."""
+    rows = {torch.float64: _FLOAT64, torch.float32: _FLOAT32}.get(dtype, _HALF)[kind]
+    hopper = dtype.itemsize == 2 and has_wgmma()
+    if hopper:
+        rows = _CASES.get(case or "", {}).get(kind, _HOPPER[kind])
     found = Blocks(*rows[(size > 64) + (size > 128)])
     own, other = (found.n, found.m) if kind.endswith("kv") else (found.m, found.n)
     own_length, other_length = reversed(lengths) if kind.endswith("kv") else lengths
@@ -151,7 +182,7 @@ def blocks(
     # What is walked along in at least two steps, so that the second is loaded during the first.
     other = min(other, max(next_power_of_two(max(other_length, 1)) // 2, 16))
     m, n = (other, own) if kind.endswith("kv") else (own, other)
-    whole = (m, n) == (found.m, found.n) or m * n >= 64 * 64
+    whole = own >= 128 if hopper else (m, n) == (found.m, found.n) or m * n >= 64 * 64
     return Blocks(m, n, found.warps if whole else 4, min(found.stages, MOST_STAGES))
 
 
@@ -220,19 +251,18 @@ class Problem:
         """Launch a kernel that walks along the other side: of keys, if its kind says so."""
         inputs, by_key = self.inputs, kind.endswith("kv")
         size = max(self.blocks_d)
-        plain = self.unscaled and inputs.seed is None
-        if by_key:
-            # Walking along several heads, or between two bounds, takes registers, too.
-            bounds = self.options.down, self.options.up, inputs.cu_q
-            plain = plain and self.heads == self.key_heads and bounds.count(None) >= 2
+        # Walking along several heads, or between two bounds, takes registers, too.
+        bounds = self.options.down, self.options.up, inputs.cu_q
+        case = None
+        if inputs.seed is not None:
+            case = "random"
+        elif self.ends_d != (None, None):
+            case = "ends"
+        elif self.unscaled and self.heads == self.key_heads and bounds.count(None) >= 2:
+            case = "plain"
         lengths, many = (self.length, self.keys), self.count * self.heads
-        found = blocks(kind, self.dtype, size, lengths, many, plain)
-        bools = inputs.mask is not None and inputs.mask.dtype is torch.bool
-        tight = found.m == 128 and (bools or self.ends_d != (None, None) or not has_wgmma())
-        if kind == "forward" and (tight or inputs.seed is not None):
-            # They take registers, and so do operands elsewhere: four warps have none left.
-            found = found._replace(warps=8)
-        if kind == "backward_kv" and inputs.seed is not None and self.options.softcap is not None:
+        found = blocks(kind, self.dtype, size, lengths, many, case)
+        if kind == "backward_kv" and case == "random" and self.options.softcap is not None:
             found = found._replace(m=min(found.m, 32))
         segments = _segments(inputs, by_key, self.keys if by_key else self.length)
         numbers = map(self.place, (inputs.slopes, inputs.sinks))
@@ -396,12 +426,9 @@ def _gradients(
     tangent: Tensor | None,
     mu: Tensor | None,
 ) -> Gradients:
-    # The second derivatives' pass over keys writes both of what it owns.
-    both = tangents is not None and (needs[1] or needs[2])
-    wanted = (needs[0], needs[1] or both, needs[2] or both)
     gradients = [
         _like(x, x.shape[-1], x.dtype) if need else None
-        for x, need in zip(given[:3], wanted, strict=True)
+        for x, need in zip(given[:3], needs, strict=False)
     ]
     mask = given.mask
     dmask = mask.new_empty(mask.shape) if needs[3] and mask is not None else None
@@ -423,7 +450,7 @@ def _gradients(
         if t is not None:
             assert of is not None
             numbers[at] = sum_to(t, torch.Size((*of.shape, 1)), of.dtype).squeeze(-1)
-    return [dq, dk if needs[1] else None, dv if needs[2] else None, dmask, *numbers]
+    return [dq, dk, dv, dmask, *numbers]
 
 
 def _launch(
@@ -473,8 +500,12 @@ def _launch(
         middle = (*operands, tangents, rows)
     if dq is not None or dslopes is not None:
         problem.run(f"{order}_q", by_query, (dq, dslopes, *middle, ()))
-    if dk is not None or dv is not None:
-        problem.run(f"{order}_kv", by_key, (dk, dv, *middle, ()))
+    # Two accumulators of 256 columns are more than registers hold: twice the scores cost less.
+    apart = max(problem.blocks_d) > 128
+    for of_k, of_v in ((dk, None), (None, dv)) if apart else ((dk, dv),):
+        if of_k is not None or of_v is not None:
+            shared = problem.heads != problem.key_heads
+            problem.run(f"{order}_kv", by_key, (of_k, of_v, *middle, ()), SHARED=shared)
     if masks[1] is not None:
         _mask_gradient(problem, masks[1], (dmask, *operands, tangents, rows))
 
