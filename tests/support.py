@@ -403,8 +403,10 @@ def representatives() -> set[str]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors, in whatever it nests them, on ``device``."""
+    """``value`` with its tensors, in whatever it nests them, on ``device``, if they have memory."""
     if isinstance(value, Tensor):
+        if value.is_meta:
+            return value
         return value.detach().to(device).requires_grad_(value.requires_grad)
     if isinstance(value, dict):
         return {name: moved(part, device) for name, part in value.items()}
@@ -416,6 +418,34 @@ def on_the_cpu(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     torch's kernels for a GPU compute otherwise, or do not survive."""
     cpu = torch.device("cpu")
     return moved(function(*moved(args, cpu), **moved(kwargs, cpu)), DEVICE)
+
+
+FLOAT32_CONSTANTS = {"hardsigmoid", "hardswish"}
+"""Ops whose kernels of torch's for a GPU take 1 / 6 in float32 in float64 too; on the CPU not."""
+
+READ_BY_INDEX: dict[str, type[Exception]] = {
+    "cross_entropy": IndexError,
+    "nll_loss": IndexError,
+    "linear_cross_entropy": IndexError,
+    "embedding": IndexError,
+    "embedding_bag": RuntimeError,
+}
+"""Ops of labels, indices and offsets -> torch's error on the CPU for one out of range. A GPU looks
+at none before it reads there: it stops, and the process with it."""
+
+
+def stops_a_gpu(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether the call, of torch's function for this op, must not be made: kernels are compiled,
+    and torch's CPU says that an index is out of range."""
+    if INTERPRETED or name not in READ_BY_INDEX:
+        return False
+    try:
+        on_the_cpu(function, *args, **kwargs)
+    except READ_BY_INDEX[name]:
+        return True
+    except Exception:
+        return False  # which a GPU refuses, too
+    return False
 
 
 def floats(value: Any) -> list[Tensor]:

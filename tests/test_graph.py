@@ -233,6 +233,7 @@ def test_outputs_kept_for_backward_are_not_shown(x: Tensor) -> None:
 
 
 def test_double_backward(x: Tensor) -> None:
+    x = x.detach().to(DEVICE).requires_grad_()
     (g,) = torch.autograd.grad(mul(mul(x, x), x).sum(), x, create_graph=True)
     drawn = graph(g, {"x": x})
     assert operations(drawn).count("mul_backward") == 2

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import representatives
+from support import DEVICE, representatives
 
 from tritongrad import runtime
 from tritongrad.compare import disassembly, specialisations, static
@@ -508,8 +508,8 @@ def test_what_the_front_end_refuses(launches: dict[str, Specialisation]) -> None
 
 def test_products_of_float64_beside_a_bool_mask() -> None:
     """Past the front end, where Triton lays products out: the mask's bytes must be out of sight."""
-    q, k, v = (torch.zeros(2, 40, 32, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    mask = torch.ones(40, 40, dtype=torch.bool)
+    q, k, v = torch.zeros(3, 2, 40, 32, dtype=torch.float64, device=DEVICE).requires_grad_()
+    mask = torch.ones(40, 40, dtype=torch.bool, device=DEVICE)
     collection, op = specialisations.Collection(), OPS["scaled_dot_product_attention"]
     with runtime.stub(), collection.recording(op):
         op(q, k, v, mask).backward(torch.zeros_like(v))
