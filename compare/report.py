@@ -78,17 +78,18 @@ def markdown(measurements: Sequence[Measurements]) -> str:
     """The speed section, with the lines that mark its place."""
     lines = [NOT_MEASURED] if not measurements else []
     for found in measurements:
-        lines += _section(found)
+        lines += [*([""] if lines else []), *_section(found)]
     return "\n".join([BEGIN, *lines, END])
 
 
 def _section(found: Measurements) -> list[str]:
+    suites = sorted({f"`python -m compare bench --suite {row.suite}`" for row in found.rows})
     lines = [
         f"### {found.gpu}",
         "",
         f"torch {found.told('torch')}, triton {found.told('triton')}, CUDA {found.told('cuda')}, "
         f"driver {found.told('driver')}, commit {found.told('commit')}, "
-        f"measured {_days(found)}, by `{found.told('command')}`.",
+        f"measured {_days(found)}, by {', '.join(suites)} (each row has its whole command).",
     ]
     if found.copy is not None:
         reached = [f"a copy {found.copy / 1e12:.2f} TB/s"]
@@ -105,7 +106,8 @@ def _section(found: Measurements) -> list[str]:
         lines.append(f"| {peer} | {phase} | {len(values)} | {median:.2f} | {share:.0%} |")
     slower = _slower(found)
     if slower:
-        lines += ["", f"Slower than eager torch on the device: {', '.join(slower)}."]
+        told = "Slower than eager torch on the device, times as fast at the worst size"
+        lines += ["", f"{told}: {', '.join(slower)}."]
     ours = [row for row in found.rows if row.implementation == peers.OURS]
     bad = [row for row in ours if row.status != "ok"]
     if bad:
@@ -136,7 +138,7 @@ def _slower(found: Measurements) -> list[str]:
     for row, ratio in ratios.items():
         worst[row.op] = min(worst.get(row.op, ratio), ratio)
     behind = sorted((ratio, op) for op, ratio in worst.items() if ratio < 0.95)
-    return [f"`{op}` ({ratio:.2f}, at its worst size)" for ratio, op in behind]
+    return [f"`{op}` {ratio:.2f}" for ratio, op in behind]
 
 
 # ----------------------------------------------------------------------------------------- the page

@@ -111,7 +111,7 @@ def test_readme_section_says_what_is_slower(results: Path) -> None:
     assert "a copy 3.00 TB/s, bfloat16 products 700 TFLOP/s" in text
     assert "| torch | forward | 3 | 1.50 | 67% |" in text
     assert "| Liger-Kernel | both | 2 | 0.80 | 0% |" in text
-    assert "`log` (0.67, at its worst size)" in text
+    assert "worst size: `log` 0.67" in text
     assert "`erf` (refused)" in text
     assert "torch 2.13, triton 3.7, CUDA 13.0, driver 1.2, commit 0123456789ab" in text
 

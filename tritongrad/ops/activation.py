@@ -169,6 +169,7 @@ pointwise(
     },
     samples=_prelu_samples, opinfo=("nn.functional.prelu",),
     autocast={"cpu": "lower", "cuda": "lower"},
+    differs="At 0 the tangent is that of the gradient, w times; torch's forward mode has 1 there.",
 )  # fmt: skip
 pointwise(
     "elu", F.elu,
