@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import re
-import time
+import sys
 import weakref
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -384,18 +386,42 @@ def test_long_text_is_cut_in_the_box_only(x: Tensor) -> None:
 # Size and layout.
 
 
-def test_chain_of_ten_thousand(x: Tensor) -> None:
+def drawn_in_all_forms(x: Tensor, length: int) -> tuple[Graph, str, str, str]:
     y = x
-    for _ in range(10_000):
+    for _ in range(length):
         y = y * x  # x has the longest of edges to every operation
-    start = time.perf_counter()
     drawn = graph(y)
-    text, mermaid, svg = str(drawn), drawn.to_mermaid(), drawn.to_svg()
-    # Takes under a second; the limit only tells linear from quadratic on a loaded machine.
-    assert time.perf_counter() - start < 20
+    return drawn, str(drawn), drawn.to_mermaid(), drawn.to_svg()
+
+
+def test_chain_of_ten_thousand(x: Tensor) -> None:
+    drawn, text, mermaid, svg = drawn_in_all_forms(x, 10_000)
     assert len(drawn.nodes) == text.count("\n") == 10_002
     assert mermaid.count("-->") == len(drawn.edges) == 20_001
     assert ET.fromstring(svg).tag == f"{SVG}svg"
+
+
+def test_work_grows_with_the_length(x: Tensor) -> None:
+    """Lines of Python that run, which no other load of the machine changes: not with its square."""
+
+    def lines(length: int) -> int:
+        count = 0
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            drawn_in_all_forms(x, length)
+        finally:
+            sys.settrace(before)
+        return count
+
+    lines(1)  # what is imported when it is first needed
+    assert lines(800) < 2.2 * lines(400)
 
 
 def test_arrows_go_down_and_boxes_do_not_overlap() -> None:
